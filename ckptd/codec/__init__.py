@@ -1,0 +1,1 @@
+"""Bytes to bytes: block codecs, chunks, stored records."""

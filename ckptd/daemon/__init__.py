@@ -1,0 +1,1 @@
+"""The node daemon: socket, process, metrics around the engine."""

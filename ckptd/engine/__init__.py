@@ -1,0 +1,1 @@
+"""The state machine of jobs and snapshots, and the thread that runs it."""

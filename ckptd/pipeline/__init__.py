@@ -1,0 +1,1 @@
+"""Where threads, codec and store meet: write, commit, read, verify."""

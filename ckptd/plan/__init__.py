@@ -1,0 +1,1 @@
+"""Pure decisions: who writes what, what to read, whether a checkpoint is whole."""

@@ -1,0 +1,98 @@
+"""The one interface to where checkpoints live, and all that it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Entry(NamedTuple):
+    """An object in a listing. `modified_s` is the store's own time, in seconds since 1970."""
+
+    key: str
+    bytes: int
+    modified_s: float
+
+
+class Store(Protocol):
+    """Objects under keys (`ckptd.model.keys`), below one root.
+
+    All methods may be called from any thread. Every error is a `ckptd.errors.StoreError` that names
+    the key; a key outside of the grammar raises `ValueError` before anything is touched. A method
+    that raises left nothing visible, `put_new` of an unknown outcome excepted: the caller reads
+    back. Each method ends within the store's own deadline.
+
+    Attributes:
+        url: what a person would type to reach this root.
+    """
+
+    url: str
+
+    def put(self, key: str, data: Buffer) -> None:
+        """Create or replace an object, atomically, durable on return.
+
+        Raises:
+            StoreAccessDeniedError, StoreFullError, StoreUnavailableError: nothing changed.
+        """
+
+    def put_new(self, key: str, data: Buffer, *, is_deferred: bool = False) -> None:
+        """Create an object whole, or not at all, if `key` is absent: of racing callers one wins.
+
+        With `is_deferred` the object is visible on return but durable only after `sync`; an
+        existing object raises just the same and becomes durable with that `sync` too.
+
+        Raises:
+            ObjectExistsError: `key` exists; it was not touched.
+            StoreAccessDeniedError, StoreFullError, StoreUnavailableError: nothing was created,
+                except that an unavailable store may have acted: read back.
+        """
+
+    def sync(self) -> None:
+        """Make all deferred objects of this process durable.
+
+        Raises:
+            StoreError: some may not be durable. All deferred objects that this store created since
+                the last `sync` were taken away again, so that they can be written anew.
+        """
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """Return an object whole.
+
+        Raises:
+            ObjectNotFoundError: the store answered that there is none.
+            StoreError: it is larger than `max_bytes` (nothing was read into memory).
+            StoreAccessDeniedError, StoreUnavailableError: the store did not answer that.
+        """
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Return ``(offset, length)`` ranges of an object, in order, each of exactly its length.
+
+        Raises:
+            ObjectNotFoundError: the store answered that there is none.
+            StoreError: a range leaves the object.
+            StoreAccessDeniedError, StoreUnavailableError: the store did not answer that.
+        """
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """List the objects whose keys start with `prefix`, sorted by key, as the store is now.
+
+        `prefix` is empty or ends with ``/``. Names that are not keys are left out.
+
+        Raises:
+            StoreAccessDeniedError, StoreUnavailableError: the listing is not complete.
+        """
+
+    def delete(self, key: str) -> None:
+        """Delete an object; one that is not there is fine.
+
+        Raises:
+            StoreAccessDeniedError, StoreUnavailableError: it may still be there.
+        """
+
+    def now_s(self) -> float:
+        """Return the store's own clock, in seconds since 1970; ages are counted from it."""
+
+    def close(self) -> None:
+        """Release connections and descriptors. May be repeated."""

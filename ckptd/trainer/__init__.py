@@ -1,0 +1,1 @@
+"""What runs in the training process; the only importer of torch."""

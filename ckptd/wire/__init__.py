@@ -1,0 +1,1 @@
+"""Messages between trainer and daemon, and their framing; no I/O."""

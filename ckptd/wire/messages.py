@@ -1,0 +1,188 @@
+"""What trainer and daemon say to each other.
+
+A message is msgpack of a tagged struct; descriptors travel beside it, never in it. Unknown fields
+and tags are refused: both ends are of one version, which the hello states.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ckptd.model.columns import Columns
+from ckptd.model.tensor import Tensor
+
+PROTOCOL = 1
+
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+Name = Annotated[str, Meta(max_length=4096)]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="say"):
+    """Anything that travels."""
+
+
+# --- trainer to daemon -------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """The first message of a rank. A second hello of one (root, attempt, rank) replaces the first.
+
+    `resumed_from` is the checkpoint (in the form of keys) that the attempt went on from.
+    `token` is the attempt record's. `storage_options` stay in memory and never reach a log.
+    """
+
+    protocol: int
+    root: Name
+    storage_options: dict[str, object]
+    attempt: Count
+    token: Name
+    rank: Count
+    world_size: Count
+    pid: Count
+    compression: Literal["auto", "zstd", "none"]
+    commit_timeout_s: float
+    resumed_from: str | None
+
+
+class Arena(Message, frozen=True, tag="arena"):
+    """Announces the memfd that travels beside this message, in place of any earlier one.
+
+    Slot i is the `slot_bytes` bytes from ``i * slot_bytes`` on: a header page, then the chunks.
+    """
+
+    arena: Count
+    slots: Annotated[int, Meta(ge=1, le=64)]
+    slot_bytes: Count
+
+
+class ChunkPlan(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A chunk as it lies in a slot: `offset_bytes` from the start of the slot, header included."""
+
+    dtype: Name
+    offset_bytes: Count
+    raw_bytes: Count
+
+
+class Recipe(Message, frozen=True, tag="recipe"):
+    """What stays the same from save to save: said once, then referred to by number.
+
+    `pieces` refer to `tensors` and `chunks` by place. `plan` and `layout` as in a rank manifest.
+    """
+
+    recipe: Count
+    plan: str | None
+    layout: str
+    tensors: tuple[Tensor, ...]
+    aliases: dict[str, str]
+    chunks: tuple[ChunkPlan, ...]
+    pieces: Columns
+
+
+class Handoff(Message, frozen=True, tag="handoff"):
+    """A whole snapshot lies in a slot; the daemon answers with `Written` and then `Finished`.
+
+    `values` is a JSON object of tagged values. `previous` is the newest checkpoint that the trainer
+    knows to be committed. The same snapshot may be handed off again after a lost connection.
+    """
+
+    step: Count
+    sequence: Annotated[int, Meta(ge=1, le=1 << 48)]
+    arena: Count
+    slot: Count
+    generation: Count
+    recipe: Count
+    values: bytes
+    fingerprints: bytes
+    metrics: dict[str, float]
+    previous: str | None
+    captured_at: float
+
+
+class Watch(Message, frozen=True, tag="watch"):
+    """This rank's part of a step was written before the connection was lost; report the outcome."""
+
+    step: Count
+    sequence: Annotated[int, Meta(ge=1, le=1 << 48)]
+    previous: str | None
+
+
+class Forfeit(Message, frozen=True, tag="forfeit"):
+    """This rank delivers nothing for a step: record why, so that nobody waits for it."""
+
+    step: Count
+    sequence: Annotated[int, Meta(ge=1, le=1 << 48)]
+    state: Literal["failed", "skipped"]
+    reason: Name
+
+
+class Settle(Message, frozen=True, tag="settle"):
+    """Answer with `Settled` once nothing of earlier attempts of this root is being written."""
+
+
+class Goodbye(Message, frozen=True, tag="goodbye"):
+    """The rank leaves on purpose; what was handed off is still finished."""
+
+
+class Ask(Message, frozen=True, tag="ask"):
+    """From `ckptd status`: answer with `Report`. The only message that needs no hello before it."""
+
+
+class Stop(Message, frozen=True, tag="stop"):
+    """From `ckptd daemon --stop`: drain, then exit."""
+
+
+# --- daemon to trainer -------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The hello was accepted."""
+
+    protocol: int
+    pid: Count
+    version: Name
+
+
+class Refused(Message, frozen=True, tag="refused"):
+    """The daemon closes the connection after this. `kind` is the name of a class of `errors`."""
+
+    kind: Name
+    reason: str
+
+
+class Written(Message, frozen=True, tag="written"):
+    """The rank manifest is durable: the slot may be used again."""
+
+    step: Count
+    sequence: Count
+    stored_bytes: Count
+
+
+class Finished(Message, frozen=True, tag="finished"):
+    """The final word on a step. `kind` names a class of `errors` where it is not committed."""
+
+    step: Count
+    sequence: Count
+    state: Literal["committed", "failed", "skipped"]
+    kind: Name
+    reason: str
+    fqn: str
+    ranks: tuple[int, ...]
+
+
+class Settled(Message, frozen=True, tag="settled"):
+    """Nothing of earlier attempts of this root is being written."""
+
+
+class Report(Message, frozen=True, tag="report"):
+    """The daemon's state, as JSON."""
+
+    body: bytes
+
+
+FromTrainer = (
+    Hello | Arena | Recipe | Handoff | Watch | Forfeit | Settle | Goodbye | Ask | Stop
+)  # fmt: skip
+FromDaemon = Welcome | Refused | Written | Finished | Settled | Report
