@@ -1,0 +1,385 @@
+"""Where the ranks of a job meet: a few small keys in the TCPStore that the job has already.
+
+No collective and no process group of our own: a collective that one rank enters alone hangs, and a
+second group costs descriptors on every rank. Each operation here has a deadline.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+import torch.distributed as dist
+import xxhash
+
+from ckptd.errors import ConfigError, MeetingError
+
+if TYPE_CHECKING:  # torch.distributed exports these names, but not in its types
+    from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
+elif dist.is_available():
+    from torch.distributed import FileStore, HashStore, PrefixStore, Store, TCPStore
+
+_T = TypeVar("_T")
+
+# The server of torch 2.13 drops a client that sends more than 8 MiB in one message (seen).
+MAX_VALUE_BYTES = 7 << 20
+OPERATION_TIMEOUT_S = 20.0
+
+
+class Board(Protocol):
+    """Keys that all ranks of a job see. All methods may be called from any thread.
+
+    Every method raises `MeetingError` when the board does not answer within its own deadline.
+    """
+
+    def set(self, key: str, value: bytes) -> None:
+        """Create or replace a value of at most `MAX_VALUE_BYTES`."""
+
+    def has_all(self, keys: Sequence[str]) -> bool:
+        """Tell, in one round trip and without waiting, whether every key exists."""
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Return the values now, None for each key that is absent.
+
+        A key must not be deleted while it may be read: the answer may then take a deadline.
+        """
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> None:
+        """Wait until every key exists.
+
+        Raises:
+            MeetingError: naming the keys that are absent after `timeout_s`.
+        """
+
+    def delete(self, key: str) -> None:
+        """Delete a key; one that is not there is fine."""
+
+    def close(self) -> None:
+        """Release the connection. May be repeated."""
+
+
+class LocalBoard:
+    """A board in memory: for one process, whose threads may stand for ranks."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, bytes] = {}
+        self._changed = threading.Condition()  # guards _values
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Board`."""
+        _check_size(key, value)
+        with self._changed:
+            self._values[key] = bytes(value)
+            self._changed.notify_all()
+
+    def has_all(self, keys: Sequence[str]) -> bool:
+        """See `Board`."""
+        with self._changed:
+            return all(key in self._values for key in keys)
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """See `Board`."""
+        with self._changed:
+            return [self._values.get(key) for key in keys]
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> None:
+        """See `Board`."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._values.keys() >= set(keys), timeout_s):
+                raise _absent([key for key in keys if key not in self._values], timeout_s)
+
+    def delete(self, key: str) -> None:
+        """See `Board`."""
+        with self._changed:
+            self._values.pop(key, None)
+
+    def close(self) -> None:
+        """See `Board`."""
+
+
+class StoreBoard:
+    """A board over a store of torch. `connect` returns it, at first use and after each error.
+
+    After a deadline the connection may be in the middle of an answer, so it is never used again.
+    """
+
+    def __init__(self, connect: Callable[[], Store]) -> None:
+        self._connect = connect
+        self._store: Store | None = None
+        self._lock = threading.Lock()  # guards _store and its one connection, for one short request
+
+    def set(self, key: str, value: bytes) -> None:
+        """See `Board`."""
+        _check_size(key, value)
+        # The type stub of torch says str; the binding takes bytes as they are (2.6 and later).
+        self._ask(lambda store: store.set(key, value))  # type: ignore[arg-type]
+
+    def has_all(self, keys: Sequence[str]) -> bool:
+        """See `Board`."""
+        names = list(keys)
+        return not names or self._ask(lambda store: bool(store.check(names)))
+
+    def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
+        """See `Board`."""
+        is_there = dict.fromkeys(keys, True)
+        if not self.has_all(keys):
+            is_there = {key: self.has_all([key]) for key in keys}
+        names = [key for key in is_there if is_there[key]]
+        if not names:
+            return [None] * len(keys)
+        values = dict(zip(names, self._ask(lambda store: store.multi_get(names)), strict=True))
+        return [values.get(key) for key in keys]
+
+    def wait(self, keys: Sequence[str], timeout_s: float) -> None:
+        """See `Board`. Polls, because a blocking wait would keep the one connection from others."""
+        deadline, delay_s = time.monotonic() + timeout_s, 0.001
+        while not self.has_all(keys):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise _absent([key for key in keys if not self.has_all([key])], timeout_s)
+            time.sleep(min(delay_s, left_s))
+            delay_s = min(2 * delay_s, 0.05)
+
+    def delete(self, key: str) -> None:
+        """See `Board`."""
+        self._ask(lambda store: store.delete_key(key))
+
+    def close(self) -> None:
+        """See `Board`."""
+        with self._lock:
+            self._store = None
+
+    def _ask(self, request: Callable[[Store], _T]) -> _T:
+        with self._lock:
+            try:
+                if self._store is None:
+                    self._store = self._connect()
+                return request(self._store)
+            except RuntimeError as error:  # DistNetworkError and DistStoreError are RuntimeErrors
+                self._store = None
+                raise MeetingError(
+                    f"the store of the job does not answer; is the process of rank 0 alive? {error}"
+                ) from error
+
+
+class TcpBoard(StoreBoard):
+    """A board over a connection of its own to the TCPStore server at `host` and `port`."""
+
+    def __init__(self, host: str, port: int, timeout_s: float = OPERATION_TIMEOUT_S) -> None:
+        super().__init__(
+            lambda: TCPStore(
+                host,
+                port,
+                is_master=False,
+                timeout=timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+            )
+        )
+
+
+class Meeting:
+    """The ranks of one incarnation of a job, and what they tell each other.
+
+    Names and topics are used once; a later value under the same name replaces the earlier one. All
+    methods may be called from any thread and raise `MeetingError` when the board does not answer.
+
+    Attributes:
+        rank: of this process, in the whole job.
+        world_size: the number of ranks.
+        local_world_size: the number of ranks on this machine.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        rank: int,
+        world_size: int,
+        *,
+        local_world_size: int = 1,
+        prefix: str = "ckptd",
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.local_world_size = local_world_size
+        self._board = board
+        self._prefix = prefix
+
+    @classmethod
+    def of_job(cls, url: str) -> Meeting:
+        """Return the meeting of the job that this process is a rank of, for the root at `url`.
+
+        Every rank makes its meetings for a root in the same order.
+
+        Raises:
+            ConfigError: the job has several ranks and no store that they can meet over.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+                raise ConfigError(
+                    "WORLD_SIZE is more than 1 and torch.distributed is not initialised: call "
+                    "torch.distributed.init_process_group before making a Checkpointer"
+                )
+            return cls(LocalBoard(), 0, 1)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return cls(
+            _board_of_job() if world_size > 1 else LocalBoard(),
+            rank,
+            world_size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
+            prefix=_incarnation(url, world_size),
+        )
+
+    def publish(self, name: str, value: bytes) -> None:
+        """Say `value` as this rank."""
+        self._board.set(self._key(name, self.rank), value)
+
+    def read(self, name: str, rank: int) -> bytes | None:
+        """Return what `rank` published, None if nothing yet."""
+        return self._board.get_many([self._key(name, rank)])[0]
+
+    def read_all(self, name: str) -> list[bytes] | None:
+        """Return what all ranks published, by rank; None as long as one has not."""
+        keys = self._keys(name)
+        if not self._board.has_all(keys):
+            return None
+        values = self._board.get_many(keys)
+        return None if None in values else [value for value in values if value is not None]
+
+    def has_all(self, name: str) -> bool:
+        """Tell whether all ranks have published under `name`."""
+        return self._board.has_all(self._keys(name))
+
+    def withdraw(self, name: str) -> None:
+        """Take back what this rank published, once no rank may read it any more."""
+        self._board.delete(self._key(name, self.rank))
+
+    def share(self, name: str, value: bytes) -> None:
+        """Put a value that is the same whichever rank says it; sent only if it is not there."""
+        key = self._key(name)
+        if not self._board.has_all([key]):
+            self._board.set(key, value)
+
+    def fetch(self, names: Sequence[str]) -> list[bytes | None]:
+        """Return shared values, None for each that is absent."""
+        return self._board.get_many([self._key(name) for name in names])
+
+    def forget(self, name: str) -> None:
+        """Delete a shared value, once no rank may read it any more."""
+        self._board.delete(self._key(name))
+
+    def announce(self, topic: str, payload: bytes) -> None:
+        """Tell all ranks; for rank 0."""
+        self._board.set(self._key(topic), payload)
+
+    def hear(self, topic: str, timeout_s: float) -> bytes:
+        """Return what rank 0 announces, waiting for it.
+
+        Raises:
+            MeetingError: rank 0 said nothing in time.
+        """
+        key = self._key(topic)
+        try:
+            self._board.wait([key], timeout_s)
+        except MeetingError as error:
+            if self._board.has_all([key]):
+                raise
+            raise MeetingError(f"rank 0 did not announce {topic!r} in {timeout_s:g} s") from error
+        (payload,) = self._board.get_many([key])
+        if payload is None:
+            raise MeetingError(f"what rank 0 announced as {topic!r} was deleted")
+        return payload
+
+    def gather(self, topic: str, payload: bytes, timeout_s: float) -> list[bytes]:
+        """Publish, wait for all ranks to do so, and return all payloads by rank.
+
+        Raises:
+            MeetingError: naming the ranks that did not come in time.
+        """
+        self.publish(topic, payload)
+        try:
+            self._board.wait(self._keys(topic), timeout_s)
+        except MeetingError as error:
+            absent = [r for r in range(self.world_size) if self.read(topic, r) is None]
+            if not absent:
+                raise
+            raise MeetingError(
+                f"{_ranks(absent)} of {self.world_size} did not reach {topic!r} in {timeout_s:g} s"
+            ) from error
+        payloads = self.read_all(topic)
+        if payloads is None:
+            raise MeetingError(f"a rank took back {topic!r} while others read it")
+        return payloads
+
+    def close(self) -> None:
+        """Release the connection. May be repeated."""
+        self._board.close()
+
+    def _key(self, name: str, rank: int | None = None) -> str:
+        return f"{self._prefix}/{name}" if rank is None else f"{self._prefix}/{name}/{rank}"
+
+    def _keys(self, name: str) -> list[str]:
+        return [self._key(name, rank) for rank in range(self.world_size)]
+
+
+def _board_of_job() -> Board:
+    """Find the store that the process group was initialised with.
+
+    This is the one place that uses a name which torch keeps to itself: ``_get_default_store``
+    (there since torch 1.7) is the only way to the store of a group that was initialised with an
+    explicit store or through the agent of torchrun. Without it the environment must say where.
+    """
+    try:
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 (see above)
+    except AttributeError:
+        store = None
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, TCPStore):
+        return TcpBoard(store.host, store.port)
+    if isinstance(store, HashStore | FileStore):
+        # Both guard each request with a mutex of their own and never block in `check`.
+        shared = PrefixStore("ckptd", store)
+        return StoreBoard(lambda: shared)
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port or store is not None:
+        raise ConfigError(
+            f"the ranks cannot meet over a store of type {type(store).__name__}: initialise "
+            "torch.distributed with a TCPStore, for example with init_method='env://'"
+        )
+    return TcpBoard(host, int(port))
+
+
+_ordinals: dict[str, itertools.count[int]] = {}
+_ordinals_lock = threading.Lock()  # guards _ordinals
+
+
+def _incarnation(url: str, world_size: int) -> str:
+    """Return a prefix that no other meeting over this store uses, the same on all ranks.
+
+    The agent of torchrun keeps its store when it restarts the workers; the restart count and the
+    world size tell incarnations apart, an ordinal the meetings of one process.
+    """
+    digest = xxhash.xxh3_64_hexdigest(url.encode())
+    with _ordinals_lock:
+        ordinal = next(_ordinals.setdefault(digest, itertools.count(1)))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
+    return f"ckptd/{digest}-{world_size}-{restarts}-{ordinal}"
+
+
+def _check_size(key: str, value: bytes) -> None:
+    if len(value) > MAX_VALUE_BYTES:
+        raise MeetingError(f"{key}: {len(value)} bytes; ranks tell each other {MAX_VALUE_BYTES}")
+
+
+def _absent(keys: Sequence[str], timeout_s: float) -> MeetingError:
+    more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+    return MeetingError(f"absent after {timeout_s:g} s: {', '.join(keys[:8])}{more}")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
