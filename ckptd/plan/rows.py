@@ -1,0 +1,161 @@
+"""Boxes by the hundred thousand, as arrays.
+
+A step of 1,024 ranks has millions of pieces. What is asked of all of them at once is asked of
+arrays here; what is asked of the few that stand out is asked of `Box` values elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptd.model.box import Box
+from ckptd.model.manifest import RankManifest
+from ckptd.plan.table import Ints, Table
+
+_SAFE = 1 << 62
+
+
+class Rows(NamedTuple):
+    """Boxes of equally many dimensions, none of them empty.
+
+    `tensor` is the place of the box's tensor in a table; `owner` and `item` are the caller's
+    numbers, for pieces the place of the manifest and of the piece in it. `box` has a row of starts
+    and then stops for each.
+    """
+
+    tensor: Ints
+    owner: Ints
+    item: Ints
+    box: Ints
+
+    @property
+    def dims(self) -> int:
+        """The number of dimensions."""
+        return int(self.box.shape[1]) // 2
+
+    @property
+    def start(self) -> Ints:
+        """The first index in each dimension."""
+        return self.box[:, : self.dims]
+
+    @property
+    def stop(self) -> Ints:
+        """One more than the last index in each dimension."""
+        return self.box[:, self.dims :]
+
+    @property
+    def volume(self) -> Ints:
+        """The number of elements of each."""
+        volume: Ints = np.prod(self.stop - self.start, axis=1, dtype=np.int64)
+        return volume
+
+    def take(self, which: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Rows:
+        """Return the rows of these places, or where this is true."""
+        return Rows(self.tensor[which], self.owner[which], self.item[which], self.box[which])
+
+    def at(self, row: int) -> Box:
+        """Return one box as a value."""
+        numbers = self.box[row].tolist()
+        return Box(tuple(numbers[: self.dims]), tuple(numbers[self.dims :]))
+
+
+def numbers(column: bytes) -> Ints:
+    """Return a column of `ckptd.model.columns` as an array, without a copy."""
+    return np.frombuffer(column, dtype="<u8").view(np.int64)
+
+
+def piece_rows(manifests: Sequence[RankManifest], table: Table) -> Iterator[Rows]:
+    """Give the pieces of all manifests, all of one number of dimensions at a time.
+
+    The manifests have been checked (`RankManifest.check`).
+    """
+    dims_of = np.array([len(t.shape) for t in table.tensors], dtype=np.int64)
+    found: dict[int, list[Rows]] = {}
+    for owner, (manifest, places) in enumerate(zip(manifests, table.places, strict=True)):
+        if not manifest.pieces.count:
+            continue
+        tensor = places[numbers(manifest.pieces.tensor)]
+        dims = dims_of[tensor]
+        boxes = numbers(manifest.pieces.box)
+        first = np.cumsum(2 * dims) - 2 * dims
+        for d in np.unique(dims).tolist():
+            item = np.flatnonzero(dims == d)
+            box = boxes[first[item][:, None] + np.arange(2 * d)]
+            found.setdefault(d, []).append(
+                Rows(tensor[item], np.full(len(item), owner, np.int64), item, box)
+            )
+    for parts in found.values():
+        rows = Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        yield rows.take(rows.volume > 0)
+
+
+def box_rows(boxes: Sequence[tuple[int, int, Box]]) -> Iterator[Rows]:
+    """Give ``(tensor, owner, box)`` as rows, all of one number of dimensions at a time."""
+    found: dict[int, list[int]] = {}
+    for item, (_, _, box) in enumerate(boxes):
+        found.setdefault(len(box.start), []).append(item)
+    for dims, items in found.items():
+        flat = [n for i in items for n in (*boxes[i][2].start, *boxes[i][2].stop)]
+        yield Rows(
+            np.array([boxes[i][0] for i in items], np.int64),
+            np.array([boxes[i][1] for i in items], np.int64),
+            np.array(items, np.int64),
+            np.array(flat, np.int64).reshape(len(items), 2 * dims),
+        )
+
+
+def same_as_last(rows: Rows) -> tuple[Rows, npt.NDArray[np.bool_]]:
+    """Return the rows sorted by tensor and box, and where a row equals the one before it."""
+    order = np.lexsort((*rows.box.T[::-1], rows.tensor))
+    rows = rows.take(order)
+    same = np.zeros(len(order), np.bool_)
+    same[1:] = (rows.tensor[1:] == rows.tensor[:-1]) & np.all(rows.box[1:] == rows.box[:-1], axis=1)
+    return rows, same
+
+
+def find_crowded(rows: Rows) -> Ints:
+    """Return the tensors whose boxes are not proven disjoint, without repeats, in rising order.
+
+    Boxes are parted where a plane separates them, dimension after dimension, until nothing parts
+    any more. All that sharding and splitting make falls into single boxes this way. Boxes that do
+    not (a pinwheel) may still be disjoint: what is returned is to be looked at one by one.
+    """
+    rows, part = _drop_single(rows, rows.tensor)
+    parts_before = 0
+    while len(part) and int(part.max()) + 1 != parts_before:
+        parts_before = int(part.max()) + 1
+        for d in range(rows.dims):
+            if len(part):
+                part = _separate(part, rows.start[:, d], rows.stop[:, d])
+                rows, part = _drop_single(rows, part)
+    return np.unique(rows.tensor)
+
+
+def _drop_single(rows: Rows, part: Ints) -> tuple[Rows, Ints]:
+    """Leave out rows that are alone in their part; number the parts from 0 on."""
+    _, number, count = np.unique(part, return_inverse=True, return_counts=True)
+    number = number.reshape(-1)  # numpy 2.0 alone gives it the shape of its argument
+    is_shared = count[number] > 1
+    return rows.take(is_shared), np.unique(number[is_shared], return_inverse=True)[1].reshape(-1)
+
+
+def _separate(part: Ints, start: Ints, stop: Ints) -> Ints:
+    """Part further what lies apart along one dimension."""
+    span = int(stop.max()) + 1
+    if span * (int(part.max()) + 1) >= _SAFE:
+        edges, places = np.unique(np.concatenate((start, stop)), return_inverse=True)
+        start, stop = np.split(places.reshape(-1), 2)
+        span = len(edges) + 1
+    order = np.lexsort((start, part))
+    # Each part gets an interval of its own on one axis, so that one running maximum serves all.
+    base = part[order] * span
+    reach = np.maximum.accumulate(stop[order] + base)
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (start[order] + base)[1:] >= reach[:-1]
+    parted = np.empty_like(part)
+    parted[order] = np.cumsum(is_first) - 1
+    return parted
