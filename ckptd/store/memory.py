@@ -1,0 +1,98 @@
+"""A store in the memory of this process: for tests, and for trying things out."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from ckptd.errors import ObjectExistsError, ObjectNotFoundError, StoreError
+from ckptd.model import keys
+from ckptd.store.base import Buffer, Entry
+from ckptd.store.walk import check_prefix
+
+_shared: dict[str, MemoryStore] = {}
+_shared_lock = threading.Lock()  # guards _shared
+
+
+class MemoryStore:
+    """Objects in a dict. `clock` gives the time of the store, in seconds since 1970."""
+
+    def __init__(
+        self, url: str = "memory://private", *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.url = url
+        self._clock = clock
+        self._objects: dict[str, tuple[bytes, float]] = {}
+        self._lock = threading.Lock()  # guards _objects
+
+    @classmethod
+    def shared(cls, url: str) -> MemoryStore:
+        """Return the one store of this process that has this URL."""
+        with _shared_lock:
+            return _shared.setdefault(url, cls(url))
+
+    def put(self, key: str, data: Buffer) -> None:
+        """See `Store.put`."""
+        _check(key)
+        with self._lock:
+            self._objects[key] = (bytes(data), self._clock())
+
+    def put_new(self, key: str, data: Buffer, *, is_deferred: bool = False) -> None:
+        """See `Store.put_new`. Nothing here outlives the process, so nothing is deferred."""
+        del is_deferred
+        _check(key)
+        with self._lock:
+            if key in self._objects:
+                raise ObjectExistsError(key, "exists already")
+            self._objects[key] = (bytes(data), self._clock())
+
+    def sync(self) -> None:
+        """See `Store.sync`."""
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """See `Store.get`."""
+        data = self._find(key)
+        if len(data) > max_bytes:
+            raise StoreError(key, f"{len(data)} bytes, more than the {max_bytes} allowed")
+        return data
+
+    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """See `Store.get_ranges`."""
+        data = self._find(key)
+        for offset, length in ranges:
+            if offset < 0 or length < 0 or offset + length > len(data):
+                raise StoreError(key, f"range {offset}+{length} leaves its {len(data)} bytes")
+        return [data[offset : offset + length] for offset, length in ranges]
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """See `Store.list`."""
+        check_prefix(prefix)
+        with self._lock:
+            rows = [(key, len(d), t) for key, (d, t) in self._objects.items()]
+        return iter(sorted(Entry(*row) for row in rows if row[0].startswith(prefix)))
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        _check(key)
+        with self._lock:
+            self._objects.pop(key, None)
+
+    def now_s(self) -> float:
+        """See `Store.now_s`."""
+        return self._clock()
+
+    def close(self) -> None:
+        """See `Store.close`. A shared store keeps its objects."""
+
+    def _find(self, key: str) -> bytes:
+        _check(key)
+        with self._lock:
+            if key not in self._objects:
+                raise ObjectNotFoundError(key, f"not found in {self.url}")
+            return self._objects[key][0]
+
+
+def _check(key: str) -> None:
+    if not keys.is_key(key):
+        raise ValueError(f"not a key: {key[:200]!r}")
