@@ -24,6 +24,10 @@ class ConfigError(CkptdError):
     exit_code = 2
 
 
+class AlreadyServingError(ConfigError):
+    """Another daemon holds the socket that this one was to serve on."""
+
+
 # --- handing a snapshot to the daemon ---------------------------------------------------------
 
 
@@ -44,6 +48,12 @@ class SlotsBusyError(HandoffError):
 
 class ProtocolError(HandoffError):
     """The other end sent something that is not the protocol; the connection is closed."""
+
+    retryable = False
+
+
+class SlotMovedError(HandoffError):
+    """A slot was used again while its snapshot was being read; the snapshot is dropped."""
 
     retryable = False
 

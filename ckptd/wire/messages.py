@@ -165,7 +165,7 @@ class Finished(Message, frozen=True, tag="finished"):
 
     step: Count
     sequence: Count
-    state: Literal["committed", "failed", "skipped"]
+    state: Literal["committed", "failed", "skipped", "unknown"]
     kind: Name
     reason: str
     fqn: str
