@@ -27,6 +27,9 @@ from ckptd.units import KIB, MIB
 MAX_RECORD_BYTES = 256 * MIB
 MAX_DEPTH = 100
 """Brackets inside of brackets in a record."""
+MAX_VALUES = 1 << 24
+"""Commas and opening brackets in a record, those inside of strings included: a cheap upper bound of
+what parsing allocates, which is about 120 bytes for each (three bytes of JSON make a list)."""
 
 _PLAIN_BYTES = 64 * KIB
 _MAX_INT_CHARS = 20  # all 64-bit integers, signed or not; larger ones are tagged values
@@ -121,6 +124,8 @@ def _check_json(plain: bytes) -> None:
     Raises:
         ValueError, RecursionError: it is not strict JSON.
     """
+    if sum(map(plain.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
     json.loads(
         plain.decode("utf-8", "strict"),  # a byte order mark stays, and is then refused
         object_pairs_hook=_check_keys,
