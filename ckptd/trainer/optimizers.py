@@ -1,0 +1,245 @@
+"""Optimizer state by parameter FQN, taken from the optimizer itself.
+
+``Optimizer.state_dict`` numbers parameters by their place in the groups, so a checkpoint would fit
+only the very same grouping. Here each tensor is ``<optimizer>/<FQN>/<key>``, and the options of a
+group are found again through the parameters in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from ckptd.errors import LayoutError, UnsupportedValueError
+from ckptd.model.manifest import Tree
+from ckptd.model.tensor import Kind
+from ckptd.trainer.modules import Names
+from ckptd.trainer.values import TensorSink, encode_value
+
+# How the live program wants its kernels, not state: what was saved may not run on these devices.
+PROGRAM_OPTIONS = frozenset({"foreach", "fused", "capturable", "differentiable"})
+_NOT_OPTIONS = frozenset({"params", "param_names"})
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+
+
+class OptimizerSink(TensorSink, Protocol):
+    """Takes tensors, and knows what kind each is."""
+
+    def put(self, fqn: str, tensor: torch.Tensor, kind: Kind | torch.Tensor) -> None:
+        """Take a tensor under its whole name; `kind` may be the parameter whose state it is."""
+
+
+class Predicted(NamedTuple):
+    """A tensor that an optimizer will hold after its next step."""
+
+    fqn: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def plain_optimizers(value: object, path: str) -> list[Optimizer] | None:
+    """Return the optimizers whose ``.state`` is the whole truth about `value`.
+
+    None means that `value` is no optimizer of torch, or one whose own ``state_dict`` must be
+    believed.
+
+    Raises:
+        UnsupportedValueError: `value` is sharded in a way that is not supported.
+    """
+    if not isinstance(value, Optimizer):
+        return None
+    zero = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
+    if zero is not None and isinstance(value, zero):
+        raise UnsupportedValueError(
+            f"{path}: ZeroRedundancyOptimizer is not supported yet: each rank holds other moments",
+            fqn=path,
+        )
+    if type(value).state_dict is Optimizer.state_dict:
+        return [value]
+    inner = _contained(value)
+    if not inner or _has_own_state(value, inner):
+        return None
+    found = []
+    for optimizer in inner:
+        plain = plain_optimizers(optimizer, path)
+        if plain is None:
+            return None
+        found += plain
+    return found
+
+
+def _contained(value: Optimizer) -> list[Optimizer]:
+    for name in ("optimizers", "optimizer", "optim"):
+        inner = getattr(value, name, None)
+        found: list[Any] = list(inner) if isinstance(inner, (list, tuple)) else [inner]
+        if all(isinstance(optimizer, Optimizer) for optimizer in found):
+            return found
+    return []
+
+
+def _has_own_state(value: Optimizer, inner: list[Optimizer]) -> bool:
+    state = getattr(value, "state", None)
+    return bool(state) and not any(state is optimizer.state for optimizer in inner)
+
+
+def check_hidden(path: str, optimizer: Optimizer, saved: set[int]) -> None:
+    """Refuse an optimizer that keeps another one, with moments, which nothing in the state saves.
+
+    `saved` are the ids of all optimizers that are saved.
+
+    Raises:
+        LayoutError: naming the attribute.
+    """
+    for name, inner in vars(optimizer).items():
+        if not isinstance(inner, Optimizer) or id(inner) in saved or not inner.state:
+            continue
+        if inner.state is not optimizer.state:
+            raise LayoutError(
+                f"{path}: {type(optimizer).__qualname__} keeps a {type(inner).__qualname__} in"
+                f" .{name} whose state would be lost; put that one into the state too",
+                fqn=path,
+            )
+
+
+def collect(
+    path: str, optimizers: list[Optimizer], names: Names, sink: OptimizerSink, *, allow_pickle: bool
+) -> Tree:
+    """Put all state tensors of one entry into `sink` and return what is not a tensor.
+
+    The tree has ``groups`` (the FQNs and options of each), ``state_values`` by FQN and key, and
+    ``shared``: what an optimizer keeps under no parameter, where there is such a thing.
+
+    Raises:
+        LayoutError: a parameter is in no module of the state.
+        UnsupportedValueError: an option or a state value has no stored form.
+    """
+    tree: dict[str, Any] = {"groups": [], "state_values": {}}
+    shared: dict[str, Tree] = {}
+
+    def encode(where: str, value: object) -> Tree:
+        return encode_value(value, path=where, tensors=sink, allow_pickle=allow_pickle)
+
+    for optimizer in optimizers:
+        for group, params in named_groups(path, optimizer, names):
+            where = f"{path}/groups.{len(tree['groups'])}"
+            options = {
+                k: encode(f"{where}.{k}", v) for k, v in group.items() if k not in _NOT_OPTIONS
+            }
+            tree["groups"].append({"params": params, "options": options})
+        held: dict[object, Any] = optimizer.state  # type: ignore[assignment]
+        for owner, state in held.items():
+            if isinstance(owner, torch.Tensor):
+                fqn = _named(path, owner, names, "its state")
+                odd = _collect_one(f"{path}/{fqn}/", owner, state, sink, encode)
+                if odd:
+                    tree["state_values"][fqn] = odd
+            else:
+                shared[str(owner)] = encode(f"{path}/{owner}", state)
+    if shared:
+        tree["shared"] = shared
+    return tree
+
+
+def _collect_one(
+    base: str,
+    owner: torch.Tensor,
+    state: dict[str, object],
+    sink: OptimizerSink,
+    encode: Callable[[str, object], Tree],
+) -> dict[str, Tree]:
+    odd = {}
+    for key, value in state.items():
+        if "/" in key:
+            raise UnsupportedValueError(f"{base}{key}: a key with a slash", fqn=base + key)
+        if isinstance(value, torch.Tensor):
+            sink.put(base + key, value, owner)
+        else:
+            odd[key] = encode(base + key, value)
+    return odd
+
+
+def named_groups(
+    path: str, optimizer: Optimizer, names: Names
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Yield the live groups, each with the FQNs of its parameters.
+
+    Raises:
+        LayoutError: a parameter is in no module of the state.
+    """
+    for g, group in enumerate(optimizer.param_groups):
+        yield (
+            group,
+            [
+                names.find(p) or _named(path, p, names, f"parameter {i} of group {g}")
+                for i, p in enumerate(group["params"])
+            ],
+        )
+
+
+def _named(path: str, parameter: torch.Tensor, names: Names, what: str) -> str:
+    fqn = names.find(parameter)
+    if fqn is None:
+        raise LayoutError(
+            f"{path}: {what} (shape {tuple(parameter.shape)}) is in no module of the state;"
+            " put the module that owns it into the state",
+            fqn=path,
+        )
+    return fqn
+
+
+def predict_state(path: str, optimizer: Optimizer, names: Names) -> list[Predicted]:
+    """Return the tensors that are not there yet but will be after the first step.
+
+    Only the classes of torch themselves are known; for any other nothing is predicted, and its
+    tensors appear in the layout when they exist.
+    """
+    keys = _KEYS.get(type(optimizer))
+    if keys is None:
+        return []
+    predicted = []
+    for group, fqns in named_groups(path, optimizer, names):
+        for fqn, parameter in zip(fqns, group["params"], strict=True):
+            if parameter.requires_grad and not optimizer.state.get(parameter):
+                predicted += [
+                    _predict(f"{path}/{fqn}/{key}", key, parameter, group) for key in keys(group)
+                ]
+    return predicted
+
+
+def _predict(fqn: str, key: str, parameter: torch.Tensor, group: dict[str, Any]) -> Predicted:
+    if key != "step":
+        return Predicted(fqn, tuple(parameter.shape), parameter.dtype, parameter.device)
+    # As torch.optim.optimizer._get_scalar_dtype.
+    wide = not group.get("fused") and torch.get_default_dtype() == torch.float64
+    return Predicted(
+        fqn, (), torch.float64 if wide else torch.float32, step_device(parameter, group)
+    )
+
+
+def step_device(parameter: torch.Tensor, group: dict[str, Any]) -> torch.device:
+    """Return where a group's step counters live: with the parameter only where kernels read them."""
+    is_read = group.get("capturable") or group.get("fused")
+    return parameter.device if is_read else torch.device("cpu")
+
+
+def _adam_keys(group: dict[str, Any]) -> list[str]:
+    return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
+
+
+def _rmsprop_keys(group: dict[str, Any]) -> list[str]:
+    momentum = ["momentum_buffer"] * (group["momentum"] > 0)
+    return ["step", "square_avg", *momentum] + ["grad_avg"] * bool(group["centered"])
+
+
+_KEYS: dict[type, Callable[[dict[str, Any]], list[str]]] = {
+    Adam: _adam_keys,
+    AdamW: _adam_keys,
+    SGD: lambda group: ["momentum_buffer"] * (group["momentum"] != 0),
+    Adagrad: lambda _: ["step", "sum"],
+    RMSprop: _rmsprop_keys,
+}
