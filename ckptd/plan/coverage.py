@@ -13,7 +13,7 @@ from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.model.manifest import RankManifest
 from ckptd.model.tensor import Tensor
-from ckptd.plan.rows import Rows, find_crowded, piece_rows, same_as_last
+from ckptd.plan.rows import Rows, find_crowded, find_outside, piece_rows, same_as_last
 from ckptd.plan.table import Table, join_ranks, merge_aliases, merge_tensors
 
 
@@ -73,11 +73,7 @@ def _written(rows: Rows, manifests: Sequence[RankManifest]) -> list[_Written]:
 
 
 def _check_inside(rows: Rows, table: Table) -> None:
-    shapes = np.zeros((len(table.tensors), rows.dims), np.int64)
-    for place in np.unique(rows.tensor).tolist():
-        shapes[place] = table.tensors[place].shape
-    is_inside = (rows.start >= 0) & (rows.stop <= shapes[rows.tensor])
-    for row in np.flatnonzero(~is_inside.all(axis=1)).tolist():
+    if (row := find_outside(rows, table.tensors)) is not None:
         tensor = table.tensors[int(rows.tensor[row])]
         message = f"{tensor.fqn}: box {rows.at(row)} outside of shape {tensor.shape}"
         raise LayoutError(message, fqn=tensor.fqn)

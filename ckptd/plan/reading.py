@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -137,13 +138,13 @@ class _Sources:
         self._of: dict[int, tuple[Rows, range]] = {}
         ranks = np.array([m.rank for m in manifests], np.int64)
         is_any = np.array([t.kind in REPLICATED_KINDS for t in table.tensors], np.bool_)
-        for rows in piece_rows(manifests, table):
-            rows = rows.take(_may_meet(rows, wanted, places))  # noqa: PLW2901 (a narrowed view)
-            preference = np.where(is_any[rows.tensor], rows.owner, ranks[rows.owner])
-            rows = rows.take(np.lexsort((rows.item, preference, rows.tensor)))  # noqa: PLW2901
+        for every in piece_rows(manifests, table):
+            found = every.take(_may_meet(every, wanted, places))
+            preference = np.where(is_any[found.tensor], found.owner, ranks[found.owner])
+            rows = found.take(np.lexsort((found.item, preference, found.tensor)))
             tensors, first = np.unique(rows.tensor, return_index=True)
-            ends = [*first.tolist()[1:], len(rows.tensor)]
-            for tensor, a, b in zip(tensors.tolist(), first.tolist(), ends, strict=True):
+            bounds = pairwise([*first.tolist(), len(rows.tensor)])
+            for tensor, (a, b) in zip(tensors.tolist(), bounds, strict=True):
                 self._of[tensor] = (rows, range(a, b))
 
     def cover(self, want: Wanted, place: int) -> Iterator[tuple[Chunk, int, Box, list[Box]]]:

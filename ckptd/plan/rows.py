@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ckptd.model.box import Box
 from ckptd.model.manifest import RankManifest
+from ckptd.model.tensor import Tensor
 from ckptd.plan.table import Ints, Table
 
 _SAFE = 1 << 62
@@ -106,6 +107,17 @@ def box_rows(boxes: Sequence[tuple[int, int, Box]]) -> Iterator[Rows]:
             np.array(items, np.int64),
             np.array(flat, np.int64).reshape(len(items), 2 * dims),
         )
+
+
+def find_outside(rows: Rows, tensors: Sequence[Tensor]) -> int | None:
+    """Return the first row that is no box of its tensor, or None."""
+    shapes = np.zeros((len(tensors), rows.dims), np.int64)
+    for place in np.unique(rows.tensor).tolist():
+        shapes[place] = tensors[place].shape
+    is_inside = (
+        (rows.start >= 0) & (rows.start <= rows.stop) & (rows.stop <= shapes[rows.tensor])
+    ).all(axis=1)
+    return None if is_inside.all() else int(np.argmin(is_inside))
 
 
 def same_as_last(rows: Rows) -> tuple[Rows, npt.NDArray[np.bool_]]:

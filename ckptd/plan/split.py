@@ -12,7 +12,7 @@ import xxhash
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.model.tensor import REPLICATED_KINDS, Layout, Tensor
-from ckptd.plan.rows import box_rows, find_crowded
+from ckptd.plan.rows import box_rows, find_crowded, find_outside
 from ckptd.plan.table import check_same
 from ckptd.units import KIB, MIB
 
@@ -45,10 +45,7 @@ class _Part(NamedTuple):
     tensor: Tensor
     box: Box
     holders: list[int]
-
-    @property
-    def bytes(self) -> int:
-        return self.box.volume * self.tensor.itemsize
+    bytes: int
 
 
 def whole_share(layout: Layout) -> Share:
@@ -118,36 +115,41 @@ def _collect(alike: Sequence[_Alike]) -> list[_Part]:
                 check_same(first, first_rank, tensor, rank)
             for box in held.boxes:
                 holders = boxes.setdefault(box, [])
-                if not holders:
-                    _check_within(tensor, box, rank)
+                if len(box.start) != len(tensor.shape):
+                    _refuse_outside(tensor, box, rank)
                 if number in holders[-1:]:
                     _refuse(tensor.fqn, (box, rank), (box, rank))
                 holders.append(number)
     return [
-        _Part(tensor, box, holders)
+        _Part(tensor, box, holders, size * tensor.itemsize)
         for _, (tensor, _, boxes) in sorted(tensors.items())
         for box, holders in sorted(boxes.items(), key=lambda item: item[0].start)
-        if box.volume
+        if (size := box.volume)
     ]
 
 
-def _check_within(tensor: Tensor, box: Box, rank: int) -> None:
-    if not box.is_within(tensor.shape):
-        raise LayoutError(
-            f"{tensor.fqn}: box {box} of rank {rank} outside of shape {tensor.shape}",
-            fqn=tensor.fqn,
-            ranks=(rank,),
-        )
+def _refuse_outside(tensor: Tensor, box: Box, rank: int) -> NoReturn:
+    raise LayoutError(
+        f"{tensor.fqn}: box {box} of rank {rank} outside of shape {tensor.shape}",
+        fqn=tensor.fqn,
+        ranks=(rank,),
+    )
 
 
 def _check_disjoint(parts: Sequence[_Part], alike: Sequence[_Alike]) -> None:
-    rows: list[tuple[int, int, Box]] = []
+    """Check that each box lies in its tensor and touches no other box of it."""
     by_tensor = [list(group) for _, group in groupby(parts, key=lambda part: part.tensor.fqn)]
-    for number, group in enumerate(by_tensor):
-        if len(group) > 1:
-            rows.extend((number, 0, part.box) for part in group)
-    for same_dims in box_rows(rows):
-        for crowded in find_crowded(same_dims).tolist():
+    tensors = [group[0].tensor for group in by_tensor]
+    boxes = [
+        (number, part.holders[0], part.box)
+        for number, group in enumerate(by_tensor)
+        for part in group
+    ]
+    for rows in box_rows(boxes):
+        if (row := find_outside(rows, tensors)) is not None:
+            rank = alike[int(rows.owner[row])].ranks[0]
+            _refuse_outside(tensors[int(rows.tensor[row])], rows.at(row), rank)
+        for crowded in find_crowded(rows).tolist():
             _check_pairs(by_tensor[crowded], alike)
 
 
@@ -186,6 +188,9 @@ def _share_out(
     shares: list[list[tuple[str, Box]]],
 ) -> None:
     """Lay `parts` end to end and give each rank one range of about equal bytes."""
+    if len(ranks) == 1:
+        shares[ranks[0]].extend((part.tensor.fqn, part.box) for part in parts)
+        return
     total = sum(part.bytes for part in parts)
     granule_bytes = _granule_bytes(total // len(ranks), chunk_bytes)
     at = 0
