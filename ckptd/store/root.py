@@ -20,6 +20,7 @@ from ckptd.store.base import Store
 from ckptd.store.local import LocalStore
 
 _MAX_BYTES = 64 << 10
+_MAX_FORMAT = 9999
 
 
 def create_root(store: Store) -> None:
@@ -68,19 +69,19 @@ def _is_root(store: Store) -> bool:
         record = msgspec.json.decode(data, type=RootRecord)
     except ObjectNotFoundError:
         return False
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise _damaged(store) from error
     except StoreError as error:
         if type(error) is StoreError:  # too large, or not a file: the store did answer
             raise _damaged(store) from error
         raise
+    if not 1 <= record.format <= _MAX_FORMAT:
+        raise _damaged(store)
     if record.format > FORMAT:
         raise UnsupportedFormatError(
             f"{store.url} has format {record.format}, this ckptd knows {FORMAT}; "
             "install a newer ckptd here or use another root"
         )
-    if record.format < 1:
-        raise _damaged(store)
     return True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 
@@ -109,15 +110,13 @@ class StoreContract:
         ]  # fmt: skip
         assert store.get_ranges(CHUNK, []) == []
 
-    @pytest.mark.parametrize("bad", [(99, 2), (100, 1), (101, 0), (-1, 2), (0, -1), (1 << 70, 1)])
-    def test_a_range_that_leaves_the_object_is_refused(
-        self, store: Store, bad: tuple[int, int]
-    ) -> None:
+    def test_a_range_that_leaves_the_object_is_refused(self, store: Store) -> None:
         store.put_new(CHUNK, bytes(100))
-        with pytest.raises(StoreError) as caught:
-            store.get_ranges(CHUNK, [(0, 1), bad])
-        assert caught.value.key == CHUNK
-        assert not isinstance(caught.value, ObjectNotFoundError)
+        for bad in ((99, 2), (100, 1), (101, 0), (-1, 2), (0, -1), (1 << 70, 1)):
+            with pytest.raises(StoreError) as caught:
+                store.get_ranges(CHUNK, [(0, 1), bad])
+            assert caught.value.key == CHUNK
+            assert not isinstance(caught.value, ObjectNotFoundError)
 
     def test_what_is_not_there_is_not_found(self, store: Store) -> None:
         store.put_new("ckptd.json", b"{}")
@@ -155,10 +154,10 @@ class StoreContract:
         assert list(store.list("pins/")) == []
         assert list(store.list("ranks/000000001001-0007/")) == []
 
-    @pytest.mark.parametrize("prefix", ["ranks", "/", "../", "ranks//", "a/../", "ranks/\n/", "./"])
-    def test_a_bad_prefix_is_refused_at_the_call(self, store: Store, prefix: str) -> None:
-        with pytest.raises(ValueError, match="not a prefix"):
-            store.list(prefix)
+    def test_a_bad_prefix_is_refused_at_the_call(self, store: Store) -> None:
+        for prefix in ("ranks", "/", "../", "ranks//", "a/../", "ranks/\n/", "./", "A/"):
+            with pytest.raises(ValueError, match="not a prefix"):
+                store.list(prefix)
 
     def test_deleting_is_final_and_may_be_repeated(self, store: Store) -> None:
         store.put_new(RANK, b"x")
@@ -171,19 +170,20 @@ class StoreContract:
         store.put_new(RANK, b"y")
         assert store.get(RANK, max_bytes=1) == b"y"
 
-    @pytest.mark.parametrize("key", BAD_KEYS)
-    def test_s4_a_bad_key_is_refused_before_anything_happens(self, store: Store, key: str) -> None:
+    def test_s4_a_bad_key_is_refused_before_anything_happens(self, store: Store) -> None:
         store.put_new("ckptd.json", b"{}")
-        for call in (
-            lambda: store.put(key, b"x"),
-            lambda: store.put_new(key, b"x"),
-            lambda: store.put_new(key, b"x", is_deferred=True),
-            lambda: store.get(key, max_bytes=9),
-            lambda: store.get_ranges(key, [(0, 1)]),
-            lambda: store.delete(key),
-        ):
-            with pytest.raises(ValueError, match="not a key"):
-                call()
+        calls: tuple[Callable[[str], object], ...] = (
+            lambda key: store.put(key, b"x"),
+            lambda key: store.put_new(key, b"x"),
+            lambda key: store.put_new(key, b"x", is_deferred=True),
+            lambda key: store.get(key, max_bytes=9),
+            lambda key: store.get_ranges(key, [(0, 1)]),
+            store.delete,
+        )
+        for key in BAD_KEYS:
+            for call in calls:
+                with pytest.raises(ValueError, match="not a key"):
+                    call(key)
         assert [e.key for e in store.list("")] == ["ckptd.json"]
 
     def test_sync_keeps_deferred_objects_and_may_be_repeated(self, store: Store) -> None:

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptd.errors import ConfigError
+from ckptd.store.local import LocalStore
+from ckptd.store.memory import MemoryStore
+from ckptd.store.open import normalise_url, open_store
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("/data/run", "/data/run"),
+        ("/data//run/", "/data/run"),
+        ("//data/run", "/data/run"),
+        ("/data/x/../run/.", "/data/run"),
+        ("file:///data/run", "/data/run"),
+        ("FILE:///data/run/", "/data/run"),
+        ("file://localhost/data/run", "/data/run"),
+        ("file:/data/run", "/data/run"),
+        ("file:///data/my%20run", "/data/my run"),
+        ("/data/my%20run", "/data/my%20run"),
+        ("/data/a:/b", "/data/a:/b"),
+        ("/", "/"),
+        ("memory://x", "memory://x"),
+        ("memory://x/y-1.0", "memory://x/y-1.0"),
+    ],
+)
+def test_a_root_has_one_name(written: str, meant: str) -> None:
+    assert normalise_url(written) == meant
+
+
+def test_relative_paths_start_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert normalise_url("runs/42") == str(tmp_path / "runs/42")
+    assert normalise_url("a:b") == str(tmp_path / "a:b")
+
+
+def test_links_above_the_root_are_resolved_and_the_root_itself_is_not(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    (tmp_path / "real/root").symlink_to("elsewhere")
+    assert normalise_url(f"{tmp_path}/link/root") == f"{tmp_path}/real/root"
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_refused_or_has_a_stable_form(text: str) -> None:
+    try:
+        once = normalise_url(text)
+    except ConfigError:
+        return
+    assert normalise_url(once) == once
+    assert os.path.isabs(once) or once.startswith("memory://")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://b/r", "S3://b", "http://x/y", "s3:///x"])
+def test_object_stores_are_refused_by_name(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"not supported by this version yet.*object store"):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "~/run", "~", "a\0b", "memory://", "memory:///", "memory://a//b", "file://host/x"]
+)  # fmt: skip
+def test_what_cannot_be_a_root_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError):
+        open_store(url)
+
+
+def test_a_path_opens_a_local_store_and_touches_nothing(tmp_path: Path) -> None:
+    store = open_store(f"file://{tmp_path}/root/", {})
+    assert isinstance(store, LocalStore)
+    assert store.url == f"{tmp_path}/root"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_stores_are_shared_by_name(request: pytest.FixtureRequest) -> None:
+    store = open_store(f"memory://{request.node.name}")
+    assert isinstance(store, MemoryStore)
+    assert open_store(store.url) is store
+    assert open_store(store.url + "/2") is not store
+
+
+@pytest.mark.parametrize("url", ["/data/run", "memory://x"])
+def test_options_that_mean_nothing_are_refused_without_their_values(url: str) -> None:
+    with pytest.raises(ConfigError, match="key") as caught:
+        open_store(url, {"key": "canary"})
+    assert "canary" not in str(caught.value)
