@@ -82,7 +82,8 @@ def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     try:
         yield report
     finally:
-        bar.stop()
+        if bar.live.is_started:  # an unstarted bar's stop writes an empty line
+            bar.stop()
 
 
 def format_time(seconds: float, now_s: float) -> str:

@@ -17,6 +17,8 @@ from ckptd.errors import CkptdError
 COMMANDS = {
     "ls": "List the checkpoints of a root, newest first.",
     "show": "Show what a checkpoint holds: tensors and values.",
+    "daemon": "Run the node daemon in the foreground.",
+    "status": "Show the daemons of this user on this machine.",
     "verify": "Check that checkpoints are whole; with --data, re-read and re-hash every byte.",
 }
 
@@ -24,7 +26,8 @@ EXIT_CODES = """Exit codes:
 
 0 done; 1 internal error; 2 usage or configuration; 3 not found;
 
-4 damage found; 5 the store failed; 6 no daemon; 7 layouts do not fit."""
+4 damage found; 5 the store failed; 6 no daemon, or a drain left work; 7 layouts do not fit;
+8 the ranks did not meet."""
 
 
 class _Commands(typer.core.TyperGroup):

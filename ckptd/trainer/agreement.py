@@ -133,6 +133,12 @@ class Agreement:
         with self._changed:
             return self._state.is_planned
 
+    def planned(self) -> Agreed | None:
+        """Return the plan that the next save will find in force, if its layout is the last one."""
+        with self._changed:
+            at = self._state.adopted
+            return self._agreed[at.round] if at is not None and self._state.is_planned else None
+
     def wait_planned(self, timeout_s: float) -> bool:
         """Wait until a plan for the last layout is in force; False if it is not in time or never.
 

@@ -121,7 +121,7 @@ def flatten(
         UnsupportedValueError: a tensor or value has no stored form; the error names it.
     """
     surveyed = survey(state)
-    sink = _Collector()
+    sink = Collector()
     values: dict[str, Tree] = dict.fromkeys(state)
     for part in sorted(surveyed.parts, key=lambda part: part.role == "rng"):
         if part.role == "module":
@@ -181,7 +181,7 @@ def is_stateful(value: object) -> bool:
     )
 
 
-def _flatten_modules(states: list[ModuleState], sink: _Collector, allow_pickle: bool) -> Tree:  # noqa: FBT001
+def _flatten_modules(states: list[ModuleState], sink: Collector, allow_pickle: bool) -> Tree:  # noqa: FBT001
     extra = {}
     for held in states:
         for fqn, value in zip(held.fqns, held.values, strict=True):
@@ -194,7 +194,7 @@ def _flatten_modules(states: list[ModuleState], sink: _Collector, allow_pickle: 
     return {"extra_state": extra} if extra else None
 
 
-def _flatten_other(part: Part, sink: _Collector, allow_pickle: bool) -> Tree:  # noqa: FBT001
+def _flatten_other(part: Part, sink: Collector, allow_pickle: bool) -> Tree:  # noqa: FBT001
     value = part.value
     if part.role == "rng":
         return rng.capture()
@@ -207,7 +207,7 @@ def _flatten_other(part: Part, sink: _Collector, allow_pickle: bool) -> Tree:  #
     return encode_value(value, path=part.name, tensors=sink, allow_pickle=allow_pickle)
 
 
-class _Collector:
+class Collector:
     """Takes named tensors, column by column: a state has tens of thousands, at every save.
 
     Attributes:
@@ -290,7 +290,7 @@ def _kind(kind: Kind | torch.Tensor, tensor: torch.Tensor) -> Kind:
 
 
 class _InlineSmall:
-    def __init__(self, sink: _Collector) -> None:
+    def __init__(self, sink: Collector) -> None:
         self._sink = sink
 
     def add(self, fqn: str, tensor: torch.Tensor) -> Tree:

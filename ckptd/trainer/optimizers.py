@@ -111,8 +111,10 @@ def collect(
 ) -> Tree:
     """Put all state tensors of one entry into `sink` and return what is not a tensor.
 
-    The tree has ``groups`` (the FQNs and options of each), ``state_values`` by FQN and key, and
-    ``shared``: what an optimizer keeps under no parameter, where there is such a thing.
+    The tree has ``groups`` (the FQNs and options of each, and which of the FQNs are ``idle``: have no
+    state, so that a restore can tell it from state that was lost), ``state_values`` by FQN and key,
+    and ``shared``: what an optimizer keeps under a name instead of a parameter. The last two and
+    ``idle`` only where there is such a thing, ``state_values`` always.
 
     Raises:
         LayoutError: a parameter is in no module of the state.
@@ -125,21 +127,23 @@ def collect(
         return encode_value(value, path=where, tensors=sink, allow_pickle=allow_pickle)
 
     for optimizer in optimizers:
+        held: dict[object, Any] = optimizer.state  # type: ignore[assignment]
         for group, params in named_groups(path, optimizer, names):
             where = f"{path}/groups.{len(tree['groups'])}"
             options = {
                 k: encode(f"{where}.{k}", v) for k, v in group.items() if k not in _NOT_OPTIONS
             }
             tree["groups"].append({"params": params, "options": options})
-        held: dict[object, Any] = optimizer.state  # type: ignore[assignment]
         for owner, state in held.items():
             if isinstance(owner, torch.Tensor):
                 fqn = _named(path, owner, names, "its state")
                 odd = _collect_one(f"{path}/{fqn}/", owner, state, sink, encode)
                 if odd:
                     tree["state_values"][fqn] = odd
+            elif type(owner) is str:
+                shared[owner] = encode(f"{path}/{owner}", state)
             else:
-                shared[str(owner)] = encode(f"{path}/{owner}", state)
+                raise UnsupportedValueError(f"{path}: state of {owner!r}", fqn=path)
     if shared:
         tree["shared"] = shared
     return tree

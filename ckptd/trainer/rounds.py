@@ -187,8 +187,14 @@ class AgreementState:
         return [*self._lift(round_), PutSeen(round_, Seen(plan, self._last)), AskSeen(round_)]
 
     def on_failed(self, round_: int) -> list[Effect]:
-        """Give up a round whose offers make no plan; every rank finds the same."""
-        return self._lift(round_ + 1)
+        """Give up a round whose offers make no plan, and all later offers made in good faith.
+
+        The floor stays, because every rank is to find the same failure by itself.
+        """
+        self._open.clear()
+        if self._adopted is not None and self._adopted.round == round_:
+            self._adopted = None
+        return []
 
     def on_seen(self, round_: int, seen: Sequence[Seen] | None) -> list[Effect]:
         """Put the adopted plan in force if every rank has seen the same."""

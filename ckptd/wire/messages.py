@@ -15,6 +15,7 @@ from ckptd.model.columns import Columns
 from ckptd.model.tensor import Tensor
 
 PROTOCOL = 1
+MAX_VALUES_BYTES = 48 << 20
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Name = Annotated[str, Meta(max_length=4096)]
@@ -30,7 +31,6 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field
 class Hello(Message, frozen=True, tag="hello"):
     """The first message of a rank. A second hello of one (root, attempt, rank) replaces the first.
 
-    `resumed_from` is the checkpoint (in the form of keys) that the attempt went on from.
     `token` is the attempt record's. `storage_options` stay in memory and never reach a log.
     """
 
@@ -44,7 +44,6 @@ class Hello(Message, frozen=True, tag="hello"):
     pid: Count
     compression: Literal["auto", "zstd", "none"]
     commit_timeout_s: float
-    resumed_from: str | None
 
 
 class Arena(Message, frozen=True, tag="arena"):
@@ -84,8 +83,8 @@ class Recipe(Message, frozen=True, tag="recipe"):
 class Handoff(Message, frozen=True, tag="handoff"):
     """A whole snapshot lies in a slot; the daemon answers with `Written` and then `Finished`.
 
-    `values` is a JSON object of tagged values. `previous` is the newest checkpoint that the trainer
-    knows to be committed. The same snapshot may be handed off again after a lost connection.
+    `values` is a JSON object of tagged values. `previous` is the newest checkpoint of the line that
+    the trainer knows to be committed: at first the one it resumed from. The same snapshot may be handed off again after a lost connection.
     """
 
     step: Count

@@ -1,0 +1,123 @@
+"""``ckptd status``."""
+
+from __future__ import annotations
+
+import glob
+import os
+import time
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ckptd.cli.console import add_row, new_table, plain, print_json, show
+from ckptd.errors import DaemonUnavailableError, HandoffError
+from ckptd.units import format_bytes, format_span
+from ckptd.wire import messages as say
+from ckptd.wire.address import connect, runtime_directory
+from ckptd.wire.channel import Channel
+
+_TIMEOUT_S = 5.0
+
+
+def command(
+    *,
+    socket: Annotated[
+        str, typer.Option(help="Ask only this daemon.", envvar="CKPTD_SOCKET", show_default=False)
+    ] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show the daemons of this user on this machine: their jobs, what is open, what failed last."""
+    paths = [socket] if socket else _sockets()
+    found, silent = _ask_all(paths)
+    if json:
+        print_json({"daemons": found, "silent": silent})
+    else:
+        for report in found:
+            _show(report)
+        for path, reason in silent.items():
+            show(f"{path}: {plain(reason)}", style="red")
+    if not found:
+        raise DaemonUnavailableError(
+            "no daemon is running; a trainer starts one with its first save, `ckptd daemon` by hand"
+        )
+
+
+def _sockets() -> list[str]:
+    return sorted(glob.glob(os.path.join(runtime_directory(os.environ), "*.sock")))
+
+
+def _ask_all(paths: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    found, silent = [], {}
+    for path in paths:
+        answer = _ask(path)
+        if isinstance(answer, str):
+            silent[path] = answer
+        else:
+            found.append({"socket": path, **answer})
+    return found, silent
+
+
+def _ask(path: str) -> dict[str, Any] | str:
+    """Return a daemon's report, or why there is none."""
+    try:
+        channel = Channel(connect(path, deadline_s=_TIMEOUT_S), say.FromDaemon)
+    except HandoffError as error:
+        return str(error)
+    try:
+        channel.accept_large_frames()
+        channel.send(say.Ask(), deadline_s=_TIMEOUT_S)
+        return _first_report(channel) or f"no answer in {_TIMEOUT_S:.0f} s; is it stopped?"
+    except HandoffError as error:
+        return str(error)
+    finally:
+        channel.close()
+
+
+def _first_report(channel: Channel) -> dict[str, Any] | None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    while (left := deadline - time.monotonic()) > 0:
+        for message in channel.receive(left):
+            if isinstance(message, say.Report):
+                return msgspec.json.decode(message.body, type=dict[str, Any])
+    return None
+
+
+def _show(report: dict[str, Any]) -> None:
+    age = report["last_commit_age_s"]
+    last = f"{report['last_commit']}, {format_span(age)} ago" if age is not None else "none yet"
+    show(
+        f"daemon {report['pid']} on {report['socket']}"
+        + (" (stopping)" if report["is_draining"] else "")
+    )
+    show(
+        f"  last commit: {last}; committed {report['committed']}, failed {report['failed']}, "
+        f"skipped {report['skipped']}, unknown {report['unknown']}, "
+        f"store errors {report['store_errors']}; "
+        f"{format_bytes(report['raw_bytes'])} in, {format_bytes(report['stored_bytes'])} stored"
+    )
+    if report["last_failure"]:
+        show(f"  last failure: {plain(report['last_failure'])}", style="red")
+    if report["jobs"]:
+        show(_jobs(report["jobs"]))
+
+
+def _jobs(jobs: list[dict[str, Any]]) -> Any:
+    table = new_table(
+        "  root", "attempt", "ranks here", "newest", "open steps", fold=("  root", "open steps")
+    )  # fmt: skip
+    for job in jobs:
+        add_row(
+            table, f"  {job['root']}", f"{job['attempt']:04d}",
+            f"{len(job['ranks_here'])}/{job['world_size']}", job["newest"] or "",
+            "; ".join(map(_step, job["open"])),
+        )  # fmt: skip
+    return table
+
+
+def _step(step: dict[str, Any]) -> str:
+    states: dict[str, int] = {}
+    for state in step["parts"].values():
+        states[state] = states.get(state, 0) + 1
+    parts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
+    return f"{step['step']} ({parts or 'nothing yet'}, {format_span(step['age_s'])})"

@@ -1,0 +1,120 @@
+"""A daemon's process: its log, its signals, its life from lock to exit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+
+from ckptd import failpoints
+from ckptd.config import DaemonConfig
+from ckptd.daemon.metrics import serve_metrics
+from ckptd.daemon.server import Server
+from ckptd.engine import events as ev
+from ckptd.engine.runner import Runner
+from ckptd.engine.state import Engine
+from ckptd.errors import AlreadyServingError, CkptdError
+from ckptd.wire.address import Listener, listen, unlisten
+
+log = logging.getLogger("ckptd.daemon")
+
+EXIT_CRASHED = 1
+
+
+def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
+    """Serve on `config.socket` until told or no longer needed; return the exit code.
+
+    To be called on a process's main thread: it takes SIGTERM and SIGINT (drain; a second one ends
+    the process at once) and ignores SIGHUP, which the whole group gets when a terminal closes.
+    With `is_detached` the calling process returns 0 once a child of it listens, and the child
+    serves.
+
+    Raises:
+        AlreadyServingError: another daemon serves there.
+        ConfigError: the socket's place cannot be used.
+    """
+    failpoints.arm(env.get("CKPTD_DAEMON_FAILPOINTS", ""))
+    try:
+        listener = listen(config.socket)
+    except AlreadyServingError:
+        if is_detached:
+            return 0
+        raise
+    # No thread runs yet, so a fork is safe; the lock goes along with the descriptor.
+    if is_detached and os.fork() != 0:
+        os._exit(0)
+    try:
+        return _serve(config, listener)
+    finally:
+        unlisten(config.socket, listener)
+
+
+def _serve(config: DaemonConfig, listener: Listener) -> int:
+    if config.nice:
+        os.nice(config.nice)
+    engine = Engine(linger_s=config.linger_s)
+    server = Server(listener.socket, {os.geteuid(), 0})
+    runner = Runner(engine, server.outlet, workers=config.workers)
+    codes: list[int] = []
+
+    def run() -> None:
+        try:
+            codes.append(runner.run())
+        except Exception:
+            log.exception("the engine crashed")
+            codes.append(EXIT_CRASHED)
+        finally:
+            server.stop()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if engine.is_draining:
+            os._exit(128 + signal.SIGTERM)  # asked twice: at once; a commit is one atomic put
+        runner.post(ev.StopAsked(time.monotonic() + config.drain_s))
+
+    thread = threading.Thread(target=run, name="ckptd-engine", daemon=True)
+    _take_signals(on_signal)
+    with serve_metrics(config.metrics_address, engine):
+        thread.start()
+        log.info("serving on %s, pid %d", config.socket, os.getpid())
+        server.serve(runner)
+        thread.join(timeout=5.0)
+    code = codes[0] if codes else EXIT_CRASHED
+    log.info("exit %d", code)
+    return code
+
+
+def _take_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Python handles a signal between two bytecodes of the main thread, which sits in select():
+    # the wake-up socket makes select return.
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
+    _kept_open.extend((ours, theirs))
+
+
+_kept_open: list[socket.socket] = []
+
+
+def set_up_log(level: str) -> None:
+    """Write the log of this process to standard error, one line an event."""
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+    )
+
+
+def main(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
+    """Run a daemon as a process of its own; return its exit code, errors told in the log."""
+    try:
+        return run_daemon(config, env, is_detached=is_detached)
+    except CkptdError as error:
+        log.error("%s", error)  # noqa: TRY400 - a known error needs no traceback
+        return error.exit_code

@@ -1,0 +1,240 @@
+"""The socket side of a daemon: clients come and go, messages become events."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+from ckptd.engine import events as ev
+from ckptd.engine.runner import Outlet, Runner
+from ckptd.errors import CkptdError, ProtocolError
+from ckptd.shm.arena import Arena
+from ckptd.wire import messages as say
+from ckptd.wire.accept import Door
+from ckptd.wire.channel import Channel
+from ckptd.wire.peer import peer_pid, peer_pidfd
+
+log = logging.getLogger("ckptd.daemon")
+
+FRAME_TIMEOUT_S = 30.0
+HELLO_TIMEOUT_S = 10.0
+MAX_CLIENTS = 1024
+_PATROL_S = 5.0
+
+
+@dataclass
+class _Peer:
+    """A connection. `pidfd` becomes readable when the process at its other end dies."""
+
+    number: int
+    channel: Channel
+    pidfd: int | None
+    pid: int
+    since: float
+    has_spoken: bool = False
+    is_leaving: bool = False
+
+
+class Server:
+    """Accepts clients on a listening socket and carries messages to and from a runner.
+
+    One thread calls `serve`; `outlet` is for the runner's thread, `wake` and `stop` for any thread
+    and for signal handlers.
+    """
+
+    def __init__(self, listener: socket.socket, allowed_uids: set[int]) -> None:
+        self._listener = listener
+        self._door = Door(listener, allowed_uids)
+        self._selector = selectors.DefaultSelector()
+        self._peers: dict[int, _Peer] = {}
+        self._next = 1
+        self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
+            if hasattr(os, "pipe2") else os.pipe()  # fmt: skip
+        self._is_stopped = False
+        self._patrolled = 0.0
+        self.outlet = Outlet(send=self._order_send, drop=self._order_drop)
+
+    def wake(self) -> None:
+        """Make `serve` look at its orders. Safe in a signal handler."""
+        with contextlib.suppress(OSError):  # a full pipe wakes just as well
+            os.write(self._wake_out, b"w")
+
+    def stop(self) -> None:
+        """Make `serve` return."""
+        self._is_stopped = True
+        self.wake()
+
+    def serve(self, runner: Runner) -> None:
+        """Carry messages until `stop`, then close every connection."""
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, self._drain_pipe)
+        self._runner = runner
+        try:
+            while not self._is_stopped:
+                for key, _ in self._selector.select(timeout=self._patience()):
+                    key.data()
+                self._obey()
+                self._patrol()
+        finally:
+            self._obey()
+            for peer in list(self._peers.values()):
+                self._hang_up(peer)
+            self._door.close()
+            self._selector.close()
+            os.close(self._wake_in)
+            os.close(self._wake_out)
+
+    # --- from the runner's thread --------------------------------------------------------------
+
+    def _order_send(self, client: int, message: say.FromDaemon) -> None:
+        self._orders.put(lambda: self._send(client, message))
+        self.wake()
+
+    def _order_drop(self, client: int) -> None:
+        self._orders.put(lambda: self._leave(client))
+        self.wake()
+
+    # --- on the serving thread -----------------------------------------------------------------
+
+    def _obey(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._orders.get_nowait()()
+
+    def _drain_pipe(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_in, 4096)
+
+    def _accept(self) -> None:
+        client = self._door.accept()
+        if client is None:
+            return
+        if len(self._peers) >= MAX_CLIENTS:
+            client.close()
+            return
+        peer = _Peer(
+            self._next, Channel(client, say.FromTrainer), peer_pidfd(client), peer_pid(client),
+            since=time.monotonic(),
+        )  # fmt: skip
+        self._next += 1
+        self._peers[peer.number] = peer
+        self._selector.register(peer.channel, selectors.EVENT_READ, lambda: self._ready(peer))
+        if peer.pidfd is not None:
+            # A forked data loader keeps the socket open when its parent dies: the pidfd tells.
+            self._selector.register(peer.pidfd, selectors.EVENT_READ, lambda: self._lost(peer))
+
+    def _ready(self, peer: _Peer) -> None:
+        if peer.number not in self._peers:
+            return
+        if peer.channel.wants_write and not peer.channel.write_ready():
+            self._lost(peer)
+            return
+        try:
+            messages = peer.channel.read_ready()
+            if messages is None:
+                self._lost(peer)
+                return
+            for message in messages:
+                self._said(peer, message)
+        except CkptdError as error:
+            log.warning("client %d (pid %d): %s", peer.number, peer.pid, error)
+            self._send(peer.number, say.Refused(type(error).__name__, str(error)))
+            self._lost(peer)
+            return
+        self._interest(peer)
+
+    def _said(self, peer: _Peer, message: say.Message) -> None:
+        if isinstance(message, say.Stop):
+            os.kill(os.getpid(), 15)
+            return
+        if isinstance(message, say.Arena):
+            arena = Arena.adopt(peer.channel.take_fd(), message.slots, message.slot_bytes)
+            self._runner.give_arena(peer.number, message.arena, arena)
+        elif peer.channel.taken_fds:
+            raise ProtocolError("a descriptor that no message announced")
+        peer.has_spoken = True
+        # The channel decodes nothing but the union of what a trainer may say.
+        self._runner.post(ev.Said(peer.number, cast("say.FromTrainer", message)))
+
+    def _send(self, client: int, message: say.FromDaemon) -> None:
+        peer = self._peers.get(client)
+        if peer is None:
+            return
+        if isinstance(message, say.Welcome):
+            peer.channel.accept_large_frames()
+        try:
+            peer.channel.queue(message)
+        except ProtocolError as error:
+            log.warning("client %d (pid %d): %s", peer.number, peer.pid, error)
+            self._lost(peer)
+            return
+        if not peer.channel.write_ready():
+            self._lost(peer)
+            return
+        self._interest(peer)
+
+    def _leave(self, client: int) -> None:
+        peer = self._peers.get(client)
+        if peer is not None:
+            peer.is_leaving = True
+            self._interest(peer)
+
+    def _interest(self, peer: _Peer) -> None:
+        """Watch for what the peer may do next; hang up once a leaving one has all its messages."""
+        if peer.number not in self._peers:
+            return
+        if peer.is_leaving and not peer.channel.wants_write:
+            self._hang_up(peer)
+            return
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.channel.wants_write else 0)
+        self._selector.modify(peer.channel, events, lambda: self._ready(peer))
+
+    def _lost(self, peer: _Peer) -> None:
+        """End a connection that broke, and tell the engine whether the process is dead too."""
+        if peer.number in self._peers:
+            is_dead = _is_dead(peer)
+            self._hang_up(peer)
+            self._runner.post(ev.Gone(peer.number, is_dead=is_dead))
+
+    def _hang_up(self, peer: _Peer) -> None:
+        del self._peers[peer.number]
+        self._selector.unregister(peer.channel)
+        peer.channel.close()
+        if peer.pidfd is not None:
+            self._selector.unregister(peer.pidfd)
+            os.close(peer.pidfd)
+
+    def _patience(self) -> float | None:
+        """Return how long to wait: not for ever while some client owes us bytes."""
+        owing = any(not p.has_spoken or p.channel.partial_since_s for p in self._peers.values())
+        return _PATROL_S if owing else None
+
+    def _patrol(self) -> None:
+        """Drop clients that never said hello, or that take for ever over one frame."""
+        now = time.monotonic()
+        if now - self._patrolled < _PATROL_S:
+            return
+        self._patrolled = now
+        for peer in list(self._peers.values()):
+            partial = peer.channel.partial_since_s
+            if (not peer.has_spoken and now - peer.since > HELLO_TIMEOUT_S) or (
+                partial is not None and now - partial > FRAME_TIMEOUT_S
+            ):
+                log.warning("client %d (pid %d) is too slow; dropped", peer.number, peer.pid)
+                self._lost(peer)
+
+
+def _is_dead(peer: _Peer) -> bool:
+    if peer.pidfd is None:
+        return not os.path.exists(f"/proc/{peer.pid}")
+    return bool(select.select([peer.pidfd], [], [], 0)[0])

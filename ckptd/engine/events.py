@@ -1,0 +1,190 @@
+"""What happens to an engine, and what it wants done.
+
+Events come from sockets, workers and the clock; effects go to them. Neither holds anything that
+does I/O: clients and arenas are numbers here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ckptd.model.keys import StepId
+from ckptd.model.manifest import Chunk, Outcome, RankManifest
+from ckptd.pipeline.commit import Verdict
+from ckptd.wire.messages import FromDaemon, FromTrainer, Hello, Recipe
+
+
+class StepKey(NamedTuple):
+    """A step of a job of a root."""
+
+    root: str
+    id: StepId
+
+
+class PartKey(NamedTuple):
+    """One rank's part of a step. `sequence` tells two saves of one step apart."""
+
+    step: StepKey
+    rank: int
+    sequence: int
+
+
+# --- events ------------------------------------------------------------------------------------
+
+
+class Said(NamedTuple):
+    """A client sent a message. An arena's descriptor was mapped before."""
+
+    client: int
+    message: FromTrainer
+
+
+class Gone(NamedTuple):
+    """A client's connection ended. `is_dead` is True where its process has ended too."""
+
+    client: int
+    is_dead: bool
+
+
+class Opened(NamedTuple):
+    """The store of a hello was opened, or not: then `kind` and `reason` say why."""
+
+    client: int
+    kind: str = ""
+    reason: str = ""
+
+
+class ChunksStored(NamedTuple):
+    """All chunks of a part are durable; they stand in the order of the recipe."""
+
+    part: PartKey
+    chunks: tuple[Chunk, ...]
+
+
+class RankPut(NamedTuple):
+    """The rank manifest of a part is durable."""
+
+    part: PartKey
+
+
+class PartFailed(NamedTuple):
+    """A part will not be stored."""
+
+    part: PartKey
+    reason: str
+
+
+class Judged(NamedTuple):
+    """The answer to `Try`, `Poll` or `End`."""
+
+    step: StepKey
+    verdict: Verdict
+
+
+class Undecided(NamedTuple):
+    """The store did not answer `Try`, `Poll` or `End`."""
+
+    step: StepKey
+    reason: str
+
+
+class Tick(NamedTuple):
+    """Time has passed."""
+
+
+class StopAsked(NamedTuple):
+    """Drain, and exit at `deadline` at the latest (seconds of the engine's clock)."""
+
+    deadline: float
+
+
+Event = (
+    Said | Gone | Opened | ChunksStored | RankPut | PartFailed | Judged | Undecided | Tick | StopAsked
+)  # fmt: skip
+
+
+# --- effects -----------------------------------------------------------------------------------
+
+
+class Send(NamedTuple):
+    """Send a message to a client; one that is gone is fine."""
+
+    client: int
+    message: FromDaemon
+
+
+class Drop(NamedTuple):
+    """Close a client's connection after what was sent to it."""
+
+    client: int
+
+
+class Open(NamedTuple):
+    """Open the store of a hello; answer with `Opened`."""
+
+    client: int
+    hello: Hello
+
+
+class Store(NamedTuple):
+    """Store the chunks that lie in a slot; answer with `ChunksStored` or `PartFailed`."""
+
+    part: PartKey
+    client: int
+    arena: int
+    slot: int
+    generation: int
+    recipe: Recipe
+    hello: Hello
+
+
+class PutRank(NamedTuple):
+    """Put a rank manifest; answer with `RankPut` or `PartFailed`."""
+
+    part: PartKey
+    record: RankManifest
+
+
+class Try(NamedTuple):
+    """Commit the step if it is whole; answer with `Judged` or `Undecided`."""
+
+    step: StepKey
+    world_size: int
+
+
+class Poll(NamedTuple):
+    """Look for the step's terminal record; answer with `Judged` or `Undecided`."""
+
+    step: StepKey
+    world_size: int
+
+
+class End(NamedTuple):
+    """Put the outcomes, then a tombstone; answer with `Judged` or `Undecided`."""
+
+    step: StepKey
+    world_size: int
+    verdict: Verdict
+    outcomes: tuple[Outcome, ...]
+
+
+class Release(NamedTuple):
+    """Unmap an arena of a client: nothing in it is needed any more."""
+
+    client: int
+    arena: int
+
+
+class Idle(NamedTuple):
+    """Nothing is in flight: give back memory that is only kept for speed."""
+
+
+class Exit(NamedTuple):
+    """End the engine. `code` is the process's exit code."""
+
+    code: int
+
+
+Effect = (
+    Send | Drop | Open | Store | PutRank | Try | Poll | End | Release | Idle | Exit
+)  # fmt: skip

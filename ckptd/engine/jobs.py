@@ -1,0 +1,99 @@
+"""A job, as far as one daemon serves it: one attempt of one root."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ckptd.engine.events import StepKey
+from ckptd.engine.steps import COMMIT_SILENCE_S, Part, Step
+from ckptd.errors import SaveFailedError
+from ckptd.model.keys import StepId
+from ckptd.model.manifest import FORMAT, RankManifest
+from ckptd.pipeline.commit import Verdict, new_outcome
+from ckptd.wire.messages import Hello
+
+
+@dataclass
+class Job:
+    """One attempt of one root, as far as this daemon serves it.
+
+    `newest` is the newest checkpoint of the line that is known to be committed. `dead` are ranks
+    whose process ended without a goodbye. `closed` remembers the last verdicts by step, for parts
+    that come late.
+    """
+
+    root: str
+    attempt: int
+    world_size: int
+    token: str
+    newest: StepId | None = None
+    steps: dict[StepId, Step] = field(default_factory=dict)
+    closed: dict[StepId, Verdict] = field(default_factory=dict)
+    dead: set[int] = field(default_factory=set)
+
+    def step_of(self, step: int, sequence: int, now: float, hello: Hello) -> Step:
+        """Return the open step with this number, opening it if need be.
+
+        A step of which some local rank has died is opened doomed; two steps under one sequence
+        number doom each other.
+        """
+        step_id = StepId(attempt=self.attempt, step=step)
+        if step_id in self.steps:
+            return self.steps[step_id]
+        opened = Step(
+            StepKey(self.root, step_id), sequence, since=now, timeout_s=hello.commit_timeout_s,
+            # Daemons that are not rank 0's wait in an order of their own, so that they do not
+            # all come at once; the rank is a fair enough dice.
+            silence_s=COMMIT_SILENCE_S * (1 + hello.rank / max(1, self.world_size)),
+        )  # fmt: skip
+        self.steps[step_id] = opened
+        for other in self.steps.values():
+            if other is not opened and other.sequence == sequence:
+                reason = f"save {sequence} was step {other.key.id.step} on one rank and {step} on another"
+                other.fail(reason, ())
+                opened.fail(reason, ())
+        for rank in self.dead:
+            self.mourn(rank, opened)
+        return opened
+
+    def mourn(self, rank: int, step: Step) -> None:
+        """Doom a step to which a dead rank has not delivered."""
+        if rank not in step.parts:
+            reason = "its process ended before it handed its part off"
+            outcome = new_outcome(
+                step.key.id, rank, self.world_size, step.sequence, "failed", reason
+            )
+            text = f"step {step.key.id.step}: rank {rank} failed: {reason}"
+            step.forfeit(outcome, Verdict("failed", SaveFailedError.__name__, text, ranks=(rank,)))
+
+    def close(self, step: Step, verdict: Verdict) -> None:
+        """Take a step with its verdict off the open ones."""
+        del self.steps[step.key.id]
+        self.closed[step.key.id] = verdict
+        while len(self.closed) > 64:
+            del self.closed[next(iter(self.closed))]
+        if verdict.state == "committed":
+            self.learn(step.key.id)
+
+    def learn(self, step_id: StepId) -> None:
+        """Remember a committed checkpoint of the line, if it is newer than the one known."""
+        if self.newest is None or step_id > self.newest:
+            self.newest = step_id
+
+    def is_first_open(self, step: Step) -> bool:
+        """Tell whether all steps with lower sequence numbers have their verdict."""
+        return all(other.sequence >= step.sequence for other in self.steps.values())
+
+    def rank_manifest(self, part: Part) -> RankManifest:
+        """Build the rank manifest of a part whose chunks are stored."""
+        assert part.handoff is not None
+        assert part.recipe is not None
+        handoff, recipe = part.handoff, part.recipe
+        return RankManifest(
+            format=FORMAT, step=handoff.step, attempt=self.attempt, rank=part.key.rank,
+            world_size=self.world_size, sequence=handoff.sequence, plan=recipe.plan,
+            layout=recipe.layout, previous=str(self.newest) if self.newest else None, parent=None,
+            captured_at=handoff.captured_at, metrics=handoff.metrics, tensors=recipe.tensors,
+            aliases=recipe.aliases, chunks=part.chunks, pieces=recipe.pieces,
+            fingerprints=handoff.fingerprints, values=part.values,
+        )  # fmt: skip

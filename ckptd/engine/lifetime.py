@@ -1,0 +1,65 @@
+"""When a daemon ends: after a drain, or when nobody needs it any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptd.engine.events import Effect, Exit, Idle
+
+EXIT_DRAINED = 0
+EXIT_UNFINISHED = 6
+
+
+class Lifetime:
+    """Counts the reasons to stay.
+
+    Args:
+        linger_s: how long to stay without clients after one vanished, or if none ever came, so that
+            restarted workers find the daemon; None to stay for ever. Where every client said
+            goodbye the end comes at once.
+    """
+
+    def __init__(self, linger_s: float | None) -> None:
+        self._linger_s = linger_s
+        self._must_linger = True
+        self._lonely_since: float | None = None
+        self._was_idle = True
+        self._stop_at: float | None = None
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether new work is refused."""
+        return self._stop_at is not None
+
+    def stop(self, deadline: float) -> None:
+        """Drain, and end at `deadline` whatever is left; the earliest deadline counts."""
+        self._stop_at = deadline if self._stop_at is None else min(deadline, self._stop_at)
+
+    def came(self) -> None:
+        """Note a new client: what vanished before it has been replaced."""
+        self._must_linger = False
+
+    def vanished(self) -> None:
+        """Note that a client left without a goodbye."""
+        self._must_linger = True
+
+    def next_due(self) -> float | None:
+        """Return when `check` may have something to say without any event."""
+        times = [] if self._stop_at is None else [self._stop_at]
+        if self._lonely_since is not None and self._linger_s is not None:
+            times.append(self._lonely_since + self._linger_s)
+        return min(times, default=None)
+
+    def check(self, now: float, *, is_idle: bool, has_clients: bool) -> Iterator[Effect]:
+        """Yield `Idle` when work has just ended, and `Exit` when it is time."""
+        if is_idle and not self._was_idle:
+            yield Idle()
+        self._was_idle = is_idle
+        if self._stop_at is not None and (is_idle or now >= self._stop_at):
+            yield Exit(EXIT_DRAINED if is_idle else EXIT_UNFINISHED)
+        elif not is_idle or has_clients:
+            self._lonely_since = None
+        elif self._linger_s is not None:
+            self._lonely_since = now if self._lonely_since is None else self._lonely_since
+            if not self._must_linger or now - self._lonely_since >= self._linger_s:
+                yield Exit(EXIT_DRAINED)

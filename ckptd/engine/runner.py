@@ -1,0 +1,260 @@
+"""Carries an engine's effects out: stores, workers, and the thread that owns the engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from ckptd import failpoints
+from ckptd.engine import events as ev
+from ckptd.engine.events import Effect, Event
+from ckptd.engine.state import Engine
+from ckptd.errors import CkptdError, ProtocolError, SlotMovedError, StoreError
+from ckptd.model.manifest import Chunk
+from ckptd.pipeline.commit import Proofs, end_step, put_outcome, put_rank, read_verdict, try_commit
+from ckptd.pipeline.threads import submit
+from ckptd.pipeline.write import ChunkWriter, Source
+from ckptd.shm.slots import Slot
+from ckptd.store.base import Store
+from ckptd.store.open import open_store
+from ckptd.store.retry import retrying
+from ckptd.store.root import check_root
+from ckptd.wire.messages import FromDaemon, Hello
+
+log = logging.getLogger("ckptd.engine")
+
+# A part is tried again within its slot; after that the step is ended and everyone hears why.
+_retrying = partial(retrying, attempts=5, total_s=60.0, sleep=time.sleep, rng=random.Random())  # noqa: S311 - jitter
+
+
+class SlotSource(Protocol):
+    """Memory that holds slots, as the engine sees it."""
+
+    def slot(self, index: int) -> Slot:
+        """Return a slot."""
+
+    def trim(self) -> None:
+        """Give back what was only kept for speed."""
+
+    def close(self) -> None:
+        """Let go of the memory."""
+
+
+class Outlet(NamedTuple):
+    """Where messages to clients go. Both are called on the engine's thread and must not block."""
+
+    send: Callable[[int, FromDaemon], None]
+    drop: Callable[[int], None]
+
+
+class Runner:
+    """Runs an engine until it exits.
+
+    `post` and `give_arena` may be called from any thread; the rest belongs to the thread in `run`.
+    """
+
+    def __init__(self, engine: Engine, outlet: Outlet, *, workers: int | None = None) -> None:
+        self.engine = engine
+        self._outlet = outlet
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._arenas: dict[tuple[int, int], SlotSource] = {}
+        self._arenas_lock = threading.Lock()  # guards _arenas
+        self._stores: dict[str, Store] = {}
+        self._opened: dict[str, Store] = {}
+        self._stores_lock = threading.Lock()  # guards _stores and _opened
+        self._proofs = Proofs()
+        self._writer = ChunkWriter(workers=workers)
+        self._snapshots = ThreadPoolExecutor(4, thread_name_prefix="ckptd-snapshot")
+        self._records = ThreadPoolExecutor(4, thread_name_prefix="ckptd-record")
+
+    def post(self, event: Event) -> None:
+        """Tell the engine what happened."""
+        self._events.put(event)
+
+    def give_arena(self, client: int, number: int, arena: SlotSource) -> None:
+        """Hand a mapped arena over; the engine's `Release` closes it."""
+        with self._arenas_lock:
+            self._arenas[client, number] = arena
+
+    def run(self) -> int:
+        """Run until the engine exits; return the exit code."""
+        try:
+            while True:
+                for effect in self.engine.on(self._next_event(), time.monotonic()):
+                    if isinstance(effect, ev.Exit):
+                        return effect.code
+                    self._carry_out(effect)
+        finally:
+            self._close()
+
+    def _next_event(self) -> Event:
+        due = self.engine.next_due()
+        try:
+            wait_s = None if due is None else max(0.0, due - time.monotonic())
+            return self._events.get(timeout=wait_s)
+        except queue.Empty:
+            return ev.Tick()
+
+    def _carry_out(self, effect: Effect) -> None:
+        if isinstance(effect, ev.Send):
+            self._outlet.send(effect.client, effect.message)
+        elif isinstance(effect, ev.Drop):
+            self._outlet.drop(effect.client)
+        elif isinstance(effect, ev.Release):
+            self._release(effect)
+        elif isinstance(effect, ev.Idle):
+            self._idle()
+        elif isinstance(effect, ev.Store):
+            submit(self._snapshots, self._store, effect)
+        elif isinstance(effect, ev.PutRank):
+            submit(self._records, self._put_rank, effect)
+        elif isinstance(effect, ev.Open):
+            submit(self._records, self._open, effect)
+        elif isinstance(effect, (ev.Try, ev.Poll, ev.End)):
+            submit(self._records, self._judge, effect)
+
+    # --- on worker threads ---------------------------------------------------------------------
+
+    def _open(self, effect: ev.Open) -> None:
+        try:
+            self._open_store(effect.hello)
+        except CkptdError as error:
+            self.post(ev.Opened(effect.client, type(error).__name__, str(error)))
+        except Exception as error:
+            log.exception("opening the root failed")
+            self.post(ev.Opened(effect.client, "CkptdError", repr(error)))
+        else:
+            self.post(ev.Opened(effect.client))
+
+    def _open_store(self, hello: Hello) -> None:
+        name = json.dumps([hello.root, hello.storage_options], sort_keys=True, default=str)
+        with self._stores_lock:
+            store = self._opened.get(name)
+        if store is None:
+            store = open_store(hello.root, hello.storage_options)
+            check_root(store)
+        with self._stores_lock:
+            self._opened[name] = self._stores[hello.root] = store
+
+    def _store(self, effect: ev.Store) -> None:
+        try:
+            chunks = self._store_chunks(effect)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the trainer must hear of it
+            self._part_failed(effect.part, error)
+        else:
+            self.post(ev.ChunksStored(effect.part, tuple(chunks)))
+
+    def _store_chunks(self, effect: ev.Store) -> list[Chunk]:
+        with self._arenas_lock:
+            arena = self._arenas.get((effect.client, effect.arena))
+        if arena is None:
+            raise ProtocolError("a handoff before its arena")
+        slot = arena.slot(effect.slot)
+
+        def check() -> None:
+            if not slot.is_current(effect.generation):
+                raise SlotMovedError("the slot was used again while its snapshot was being read")
+
+        check()
+        sources = []
+        for chunk in effect.recipe.chunks:
+            end = chunk.offset_bytes + chunk.raw_bytes
+            if end > slot.view.nbytes:
+                raise ProtocolError("a chunk that leaves its slot")
+            sources.append(Source(chunk.dtype, slot.view[chunk.offset_bytes : end], check))
+        chunks = _retrying(
+            lambda: self._writer.write(
+                self._store_of(effect.part.step),
+                effect.part.step.id,
+                sources,
+                effect.hello.compression,
+            )
+        )
+        check()
+        return chunks
+
+    def _put_rank(self, effect: ev.PutRank) -> None:
+        try:
+            effect.record.check()
+            store = self._store_of(effect.part.step)
+            _retrying(lambda: put_rank(store, effect.record))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the trainer must hear of it
+            self._part_failed(effect.part, error)
+        else:
+            self.post(ev.RankPut(effect.part))
+
+    def _judge(self, effect: ev.Try | ev.Poll | ev.End) -> None:
+        try:
+            store = self._store_of(effect.step)
+            if isinstance(effect, ev.Try):
+                verdict = try_commit(store, effect.step.id, effect.world_size, self._proofs)
+            elif isinstance(effect, ev.Poll):
+                verdict = read_verdict(store, effect.step.id, effect.world_size)
+            else:
+                for outcome in effect.outcomes:
+                    put_outcome(store, outcome)
+                verdict = end_step(store, effect.step.id, effect.world_size, effect.verdict)
+        except Exception as error:
+            level = logging.WARNING if isinstance(error, CkptdError) else logging.ERROR
+            log.log(level, "%s: %s", effect.step.id.short, error, exc_info=level == logging.ERROR)
+            self.post(ev.Undecided(effect.step, str(error)))
+        else:
+            if verdict.state not in {"waiting", "committed"}:
+                log.error("not committed: %s", verdict.reason)
+            elif verdict.state == "committed":
+                log.info("committed step %s of %s", effect.step.id.short, effect.step.root)
+            self.post(ev.Judged(effect.step, verdict))
+
+    def _part_failed(self, part: ev.PartKey, error: Exception) -> None:
+        is_ours = isinstance(error, (CkptdError, InterruptedError))
+        log.error(
+            "rank %d of step %s failed: %s",
+            part.rank,
+            part.step.id.short,
+            error,
+            exc_info=not is_ours,
+        )
+        self.post(ev.PartFailed(part, f"{type(error).__name__}: {error}"))
+
+    def _store_of(self, step: ev.StepKey) -> Store:
+        with self._stores_lock:
+            store = self._stores.get(step.root)
+        if store is None:
+            raise StoreError(step.root, "the root is not open")
+        return store
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def _release(self, effect: ev.Release) -> None:
+        with self._arenas_lock:
+            arena = self._arenas.pop((effect.client, effect.arena), None)
+        if arena is not None:
+            arena.close()
+
+    def _idle(self) -> None:
+        self._writer.buffers.trim()
+        with self._arenas_lock:
+            arenas = list(self._arenas.values())
+        for arena in arenas:
+            arena.trim()
+
+    def _close(self) -> None:
+        failpoints.hit("engine.exit")
+        self._snapshots.shutdown(wait=True, cancel_futures=True)
+        self._records.shutdown(wait=True, cancel_futures=True)
+        self._writer.close()
+        with self._arenas_lock:
+            for arena in self._arenas.values():
+                arena.close()
+            self._arenas.clear()
+        with self._stores_lock:
+            for store in self._opened.values():
+                store.close()

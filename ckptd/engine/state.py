@@ -1,0 +1,398 @@
+"""The daemon's decisions: events in, effects out, no I/O, no clock of its own.
+
+One thread owns an engine. `on` takes an event and the time of a monotonic clock and returns what
+must be done; the answers come back as events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from ckptd import __version__
+from ckptd.engine import events as ev
+from ckptd.engine.clients import Client, JobKey, problem_with
+from ckptd.engine.events import Effect, Event, PartKey
+from ckptd.engine.jobs import Job
+from ckptd.engine.lifetime import Lifetime
+from ckptd.engine.report import report
+from ckptd.engine.steps import Part, Step
+from ckptd.engine.tally import Tally
+from ckptd.errors import ProtocolError, SaveFailedError, SaveUnknownError
+from ckptd.model.keys import MAX_STEP, StepId
+from ckptd.pipeline.commit import Verdict, new_outcome
+from ckptd.wire import messages as say
+
+
+class Engine:
+    """All jobs that one daemon serves; `linger_s` as in `Lifetime`."""
+
+    def __init__(self, *, linger_s: float | None) -> None:
+        self.jobs: dict[JobKey, Job] = {}
+        self.clients: dict[int, Client] = {}
+        self.tally = Tally()
+        self.lifetime = Lifetime(linger_s)
+
+    # --- events --------------------------------------------------------------------------------
+
+    def on(self, event: Event, now: float) -> list[Effect]:
+        """Take an event; return what must be done because of it."""
+        effects = list(self._dispatch(event, now))
+        effects += self._due(now)
+        return effects
+
+    @property
+    def is_draining(self) -> bool:
+        """Tell whether new work is refused."""
+        return self.lifetime.is_draining
+
+    def next_due(self) -> float | None:
+        """Return when the engine wants a `Tick`, on the clock given to `on`; None if never."""
+        times = [step.due for step in self._steps() if not step.is_busy]
+        times += [step.since + step.timeout_s for step in self._steps() if not step.is_busy]
+        times += [due for due in [self.lifetime.next_due()] if due is not None]
+        return min(times, default=None)
+
+    def _dispatch(self, event: Event, now: float) -> Iterator[Effect]:
+        if isinstance(event, ev.Said):
+            yield from self._said(event, now)
+        elif isinstance(event, ev.Gone):
+            yield from self._gone(event)
+        elif isinstance(event, ev.Opened):
+            yield from self._opened(event)
+        elif isinstance(event, ev.ChunksStored):
+            yield from self._chunks_stored(event)
+        elif isinstance(event, ev.RankPut):
+            yield from self._rank_put(event)
+        elif isinstance(event, ev.PartFailed):
+            yield from self._part_failed(event)
+        elif isinstance(event, ev.Judged):
+            yield from self._judged(event, now)
+        elif isinstance(event, ev.Undecided):
+            yield from self._undecided(event, now)
+        elif isinstance(event, ev.StopAsked):
+            self.lifetime.stop(event.deadline)
+
+    def _said(self, event: ev.Said, now: float) -> Iterator[Effect]:
+        message = event.message
+        if isinstance(message, say.Hello):
+            yield from self._hello(event.client, message)
+            return
+        if isinstance(message, say.Ask):
+            yield ev.Send(event.client, say.Report(report(self, now)))
+            return
+        client = self.clients.get(event.client)
+        if client is None:
+            yield from _refuse(event.client, "the first message must be a hello")
+            return
+        try:
+            yield from self._answers(client, message, now)
+        except ProtocolError as error:
+            yield from _refuse(event.client, str(error))
+
+    def _answers(self, client: Client, message: say.FromTrainer, now: float) -> Iterator[Effect]:
+        if isinstance(message, say.Arena):
+            client.give_arena(message)
+            yield from self._let_go(client)
+        elif isinstance(message, say.Recipe):
+            client.add_recipe(message)
+        elif isinstance(message, say.Handoff):
+            yield from self._handoff(client, message, now)
+        elif isinstance(message, say.Watch):
+            self._watch(client, message, now)
+        elif isinstance(message, say.Forfeit):
+            yield from self._forfeit(client, message, now)
+        elif isinstance(message, say.Settle):
+            client.is_settling = True
+        elif isinstance(message, say.Goodbye):
+            yield from self._gone(ev.Gone(client.number, is_dead=False), is_goodbye=True)
+
+    # --- clients -------------------------------------------------------------------------------
+
+    def _hello(self, number: int, hello: say.Hello) -> Iterator[Effect]:
+        problem = problem_with(hello)
+        job = self.jobs.get((hello.root, hello.attempt))
+        if job is not None and (job.token, job.world_size) != (hello.token, hello.world_size):
+            problem = f"attempt {hello.attempt} of this root belongs to another job"
+        if self.is_draining:
+            problem = "the daemon is stopping"
+        if problem or number in self.clients:
+            yield from _refuse(number, problem or "a second hello on one connection")
+            return
+        for old in list(self.clients.values()):
+            if old.is_here and (old.job, old.hello.rank) == (
+                (hello.root, hello.attempt),
+                hello.rank,
+            ):
+                yield ev.Drop(old.number)
+                yield from self._gone(ev.Gone(old.number, is_dead=False))
+        client = Client(number, hello)
+        self.clients[number] = client
+        self.lifetime.came()
+        yield ev.Open(number, hello)
+
+    def _opened(self, event: ev.Opened) -> Iterator[Effect]:
+        client = self.clients.get(event.client)
+        if client is None:
+            return
+        hello = client.hello
+        if event.kind:
+            yield ev.Send(client.number, say.Refused(event.kind, event.reason))
+            yield ev.Drop(client.number)
+            yield from self._gone(ev.Gone(client.number, is_dead=False))
+            return
+        job = self.jobs.setdefault(
+            client.job, Job(hello.root, hello.attempt, hello.world_size, hello.token)
+        )
+        job.dead.discard(hello.rank)
+        yield ev.Send(client.number, say.Welcome(say.PROTOCOL, 0, __version__))
+
+    def _gone(self, event: ev.Gone, *, is_goodbye: bool = False) -> Iterator[Effect]:
+        client = self.clients.get(event.client)
+        if client is None or not client.is_here:
+            return
+        client.is_here = False
+        client.is_settling = False
+        job = self.jobs.get(client.job)
+        if not is_goodbye:
+            self.lifetime.vanished()
+            if job is not None and event.is_dead:
+                job.dead.add(client.hello.rank)
+                for step in job.steps.values():
+                    job.mourn(client.hello.rank, step)
+        yield from self._let_go(client)
+
+    def _let_go(self, client: Client) -> Iterator[Effect]:
+        """Release arenas that are no longer needed, and forget a client that left nothing behind."""
+        yield from client.release()
+        if not client.is_here and not client.arenas:
+            self.clients.pop(client.number, None)
+
+    # --- parts ---------------------------------------------------------------------------------
+
+    def _handoff(self, client: Client, handoff: say.Handoff, now: float) -> Iterator[Effect]:
+        job = self._job(client)
+        recipe = client.recipe_of(handoff)
+        if handoff.step > MAX_STEP:
+            raise ProtocolError("a handoff with a step out of range")
+        values = _decode_values(handoff.values)
+        self._learn(job, handoff.previous)
+        step_id = StepId(attempt=job.attempt, step=handoff.step)
+        if step_id in job.closed:
+            yield from self._late(client, handoff.step, handoff.sequence, job.closed[step_id])
+            return
+        step = job.step_of(handoff.step, handoff.sequence, now, client.hello)
+        if client.hello.rank in step.parts:
+            step.fail(f"rank {client.hello.rank} handed step {handoff.step} off twice", ())
+            return
+        key = PartKey(step.key, client.hello.rank, handoff.sequence)
+        client.reading[key] = handoff.arena
+        step.parts[client.hello.rank] = Part(key, client.number, "storing", handoff, recipe, values)
+        yield ev.Store(
+            key,
+            client.number,
+            handoff.arena,
+            handoff.slot,
+            handoff.generation,
+            recipe,
+            client.hello,
+        )
+
+    def _watch(self, client: Client, watch: say.Watch, now: float) -> None:
+        job = self._job(client)
+        self._learn(job, watch.previous)
+        step = job.step_of(watch.step, watch.sequence, now, client.hello)
+        key = PartKey(step.key, client.hello.rank, watch.sequence)
+        step.parts.setdefault(client.hello.rank, Part(key, client.number, "written"))
+
+    def _forfeit(self, client: Client, forfeit: say.Forfeit, now: float) -> Iterator[Effect]:
+        job, rank = self._job(client), client.hello.rank
+        step_id = StepId(attempt=job.attempt, step=forfeit.step)
+        if step_id in job.closed:
+            yield from self._late(client, forfeit.step, forfeit.sequence, job.closed[step_id])
+            return
+        step = job.step_of(forfeit.step, forfeit.sequence, now, client.hello)
+        outcome = new_outcome(
+            step_id, rank, job.world_size, forfeit.sequence, forfeit.state, forfeit.reason
+        )
+        kind = "SaveSkippedError" if forfeit.state == "skipped" else SaveFailedError.__name__
+        text = f"step {forfeit.step}: rank {rank} {forfeit.state}: {forfeit.reason}"
+        step.forfeit(outcome, Verdict(forfeit.state, kind, text, ranks=(rank,)))
+
+    def _chunks_stored(self, event: ev.ChunksStored) -> Iterator[Effect]:
+        yield from self._was_read(event.part)
+        found = self._part(event.part)
+        if found is None:
+            return
+        job, step, part = found
+        part.chunks = event.chunks
+        part.state = "held"
+        self.tally.raw_bytes += sum(chunk.raw_bytes for chunk in event.chunks)
+        self.tally.stored_bytes += sum(chunk.stored_bytes for chunk in event.chunks)
+        yield from self._put_if_free(job, step, part)
+
+    def _put_if_free(self, job: Job, step: Step, part: Part) -> Iterator[Effect]:
+        """Put a stored part's rank manifest, unless it is rank 0's and an earlier step is open."""
+        if part.state == "held" and (part.key.rank != 0 or job.is_first_open(step)):
+            part.state = "putting"
+            yield ev.PutRank(part.key, job.rank_manifest(part))
+
+    def _rank_put(self, event: ev.RankPut) -> Iterator[Effect]:
+        found = self._part(event.part)
+        if found is None:
+            return
+        _, step, part = found
+        part.state = "written"
+        step.hurry()
+        stored = sum(chunk.stored_bytes for chunk in part.chunks)
+        yield ev.Send(part.client, say.Written(step.key.id.step, step.sequence, stored))
+
+    def _part_failed(self, event: ev.PartFailed) -> Iterator[Effect]:
+        yield from self._was_read(event.part)
+        found = self._part(event.part)
+        if found is None:
+            return
+        job, step, _ = found
+        del step.parts[event.part.rank]
+        outcome = new_outcome(
+            step.key.id, event.part.rank, job.world_size, step.sequence, "failed", event.reason
+        )
+        text = f"step {step.key.id.step}: rank {event.part.rank} failed: {event.reason}"
+        ranks = (event.part.rank,)
+        step.forfeit(outcome, Verdict("failed", SaveFailedError.__name__, text, ranks=ranks))
+
+    def _was_read(self, part: PartKey) -> Iterator[Effect]:
+        """Note that a part's slot is not being read any more."""
+        for client in list(self.clients.values()):
+            if client.reading.pop(part, None) is not None:
+                yield from self._let_go(client)
+
+    # --- verdicts ------------------------------------------------------------------------------
+
+    def _judged(self, event: ev.Judged, now: float) -> Iterator[Effect]:
+        found = self._answered(event.step, now)
+        if found is None:
+            return
+        job, step = found
+        if event.verdict.state == "waiting":
+            step.missing = event.verdict.ranks or step.missing
+        else:
+            yield from self._close(job, step, event.verdict, now)
+
+    def _undecided(self, event: ev.Undecided, now: float) -> Iterator[Effect]:
+        self.tally.store_errors += 1
+        found = self._answered(event.step, now)
+        if found is not None and found[1].is_hopeless(now):
+            reason = f"{event.reason}; the store took neither the checkpoint nor its tombstone"
+            verdict = Verdict("unknown", SaveUnknownError.__name__, reason)
+            yield from self._close(*found, verdict, now)
+
+    def _close(self, job: Job, step: Step, verdict: Verdict, now: float) -> Iterator[Effect]:
+        job.close(step, verdict)
+        self.tally.count(verdict, step.key.id, now)
+        for client in self.clients.values():
+            if client.job == (job.root, job.attempt) and client.is_here:
+                yield ev.Send(client.number, _finished(step.key.id.step, step.sequence, verdict))
+        for other in list(job.steps.values()):
+            if 0 in other.parts:
+                yield from self._put_if_free(job, other, other.parts[0])
+
+    def _answered(self, key: ev.StepKey, now: float) -> tuple[Job, Step] | None:
+        """Take the busy mark off a step after an operation on it was answered."""
+        job = self.jobs.get((key.root, key.id.attempt))
+        step = job.steps.get(key.id) if job else None
+        if job is None or step is None:
+            return None
+        step.is_busy = False
+        step.wait(now)
+        return job, step
+
+    def _late(
+        self, client: Client, step: int, sequence: int, verdict: Verdict
+    ) -> Iterator[Effect]:  # fmt: skip
+        """Answer a part of a step that has its verdict already."""
+        yield ev.Send(client.number, say.Written(step, sequence, 0))
+        yield ev.Send(client.number, _finished(step, sequence, verdict))
+
+    # --- what is due ---------------------------------------------------------------------------
+
+    def _due(self, now: float) -> Iterator[Effect]:
+        for job in list(self.jobs.values()):
+            ranks = {
+                c.hello.rank for c in self.clients.values() if c.job == (job.root, job.attempt)
+            }
+            is_all_local = len(ranks) == job.world_size
+            for step in list(job.steps.values()):
+                operation = step.next_operation(
+                    now, world_size=job.world_size, is_all_local=is_all_local
+                )
+                if operation is not None:
+                    yield operation
+        yield from self._settled()
+        is_idle = not any(True for _ in self._steps()) and not any(
+            client.reading for client in self.clients.values()
+        )
+        has_clients = any(client.is_here for client in self.clients.values())
+        yield from self.lifetime.check(now, is_idle=is_idle, has_clients=has_clients)
+
+    def _settled(self) -> Iterator[Effect]:
+        for client in self.clients.values():
+            if client.is_settling and not self._is_unsettled(client):
+                client.is_settling = False
+                yield ev.Send(client.number, say.Settled())
+
+    def _is_unsettled(self, client: Client) -> bool:
+        """Tell whether something of another attempt of the client's root is being decided here."""
+        return any(
+            step.is_storing or step.is_busy or step.doom is not None
+            or len(step.parts) == job.world_size
+            for job in self.jobs.values()
+            if job.root == client.hello.root and job.attempt != client.hello.attempt
+            for step in job.steps.values()
+        )  # fmt: skip
+
+    # --- looking things up ---------------------------------------------------------------------
+
+    def _steps(self) -> Iterator[Step]:
+        for job in self.jobs.values():
+            yield from job.steps.values()
+
+    def _job(self, client: Client) -> Job:
+        if client.job not in self.jobs:
+            raise ProtocolError("nothing may be said between hello and welcome")
+        return self.jobs[client.job]
+
+    def _part(self, key: PartKey) -> tuple[Job, Step, Part] | None:
+        job = self.jobs.get((key.step.root, key.step.id.attempt))
+        step = job.steps.get(key.step.id) if job else None
+        part = step.parts.get(key.rank) if step else None
+        if job is None or step is None or part is None or part.key != key:
+            return None
+        return job, step, part
+
+    def _learn(self, job: Job, previous: str | None) -> None:
+        try:
+            if previous is not None:
+                job.learn(StepId.parse(previous))
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+
+
+def _decode_values(data: bytes) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(data, type=dict[str, object])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"values that are not a JSON object: {error}") from None
+
+
+def _refuse(client: int, reason: str) -> Iterator[Effect]:
+    yield ev.Send(client, say.Refused(ProtocolError.__name__, reason))
+    yield ev.Drop(client)
+
+
+def _finished(step: int, sequence: int, verdict: Verdict) -> say.Finished:
+    assert verdict.state != "waiting"
+    return say.Finished(
+        step, sequence, verdict.state, verdict.kind, verdict.reason, verdict.fqn, verdict.ranks
+    )

@@ -1,0 +1,122 @@
+"""Open steps: the parts of them that came, and what is due next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ckptd.engine.events import End, PartKey, Poll, StepKey, Try
+from ckptd.errors import SaveFailedError
+from ckptd.model.manifest import Chunk, Outcome
+from ckptd.pipeline.commit import Verdict, incomplete
+from ckptd.wire.messages import Handoff, Recipe
+
+FIRST_POLL_S = 0.02
+LAST_POLL_S = 1.0
+COMMIT_SILENCE_S = 30.0
+GIVE_UP_S = 30.0
+
+PartState = Literal["storing", "held", "putting", "written"]
+
+
+@dataclass
+class Part:
+    """What this daemon knows of one rank's part of a step.
+
+    ``held`` is a part of rank 0 that is stored, but whose rank manifest waits for the step before
+    it to be decided, because it names that step as `previous`.
+    """
+
+    key: PartKey
+    client: int
+    state: PartState
+    handoff: Handoff | None = None
+    recipe: Recipe | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    chunks: tuple[Chunk, ...] = ()
+
+
+@dataclass
+class Step:
+    """A step that has no verdict yet.
+
+    `doom` is set once it is known that the step cannot be committed; only a tombstone makes that
+    final.
+    """
+
+    key: StepKey
+    sequence: int
+    since: float
+    timeout_s: float
+    silence_s: float
+    parts: dict[int, Part] = field(default_factory=dict)
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    doom: Verdict | None = None
+    doomed_at: float | None = None
+    missing: tuple[int, ...] = ()
+    is_busy: bool = False
+    due: float = 0.0
+    poll_s: float = FIRST_POLL_S
+
+    def has_written(self, rank: int) -> bool:
+        """Tell whether the rank manifest of a rank was made durable by this daemon."""
+        return rank in self.parts and self.parts[rank].state == "written"
+
+    @property
+    def is_storing(self) -> bool:
+        """Tell whether some part is still on its way to the store."""
+        return any(part.state != "written" for part in self.parts.values())
+
+    def fail(self, reason: str, ranks: tuple[int, ...]) -> None:
+        """Doom the step, unless it is doomed already: the first reason is the one reported."""
+        if self.doom is None:
+            self.doom = Verdict("failed", SaveFailedError.__name__, reason, ranks=ranks)
+        self.hurry()
+
+    def forfeit(self, outcome: Outcome, verdict: Verdict) -> None:
+        """Doom the step because one rank delivers nothing."""
+        self.outcomes[outcome.rank] = outcome
+        self.doom = self.doom or verdict
+        self.hurry()
+
+    def hurry(self) -> None:
+        """Make the next operation due at once."""
+        self.due, self.poll_s = 0.0, FIRST_POLL_S
+
+    def is_hopeless(self, now: float) -> bool:
+        """Tell whether the store has refused the tombstone for so long that nobody should wait."""
+        return self.doomed_at is not None and now - self.doomed_at >= GIVE_UP_S
+
+    def wait(self, now: float) -> None:
+        """Let the next operation wait, each time longer."""
+        self.due = now + self.poll_s
+        self.poll_s = min(2 * self.poll_s, LAST_POLL_S)
+
+    def next_operation(
+        self, now: float, *, world_size: int, is_all_local: bool
+    ) -> Try | Poll | End | None:
+        """Return what is due for this step now, and mark it busy until the answer comes."""
+        if self.is_busy or now < self.due:
+            return None
+        operation = self._operation(now, world_size, is_all_local=is_all_local)
+        self.is_busy = operation is not None
+        return operation
+
+    def _operation(
+        self, now: float, world_size: int, *, is_all_local: bool
+    ) -> Try | Poll | End | None:
+        if self.doom is None and now - self.since >= self.timeout_s:
+            missing = self.missing or tuple(r for r in range(world_size) if not self.has_written(r))
+            self.doom = incomplete(self.key.id, missing, self.timeout_s)
+        if self.doom is not None:
+            self.doomed_at = now if self.doomed_at is None else self.doomed_at
+            return End(self.key, world_size, self.doom, tuple(self.outcomes.values()))
+        if not any(part.state == "written" for part in self.parts.values()):
+            return None
+        if is_all_local:
+            # Nobody else can deliver: no need to look before the last part is there.
+            whole = all(self.has_written(rank) for rank in range(world_size))
+            return Try(self.key, world_size) if whole else None
+        if self.has_written(0) or now - self.since >= self.silence_s:
+            return Try(self.key, world_size)
+        return Poll(self.key, world_size)

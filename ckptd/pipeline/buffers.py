@@ -1,0 +1,70 @@
+"""Reused, page-aligned buffers under one byte budget."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ckptd.errors import ConfigError
+
+
+class BufferPool:
+    """Lends buffers, at most `budget_bytes` at a time, and keeps them for the next borrower.
+
+    Fresh memory costs far more than reused memory (the kernel zeroes and maps each page), so
+    buffers come back to the pool; `trim` gives them to the system when there is nothing to do.
+    All methods may be called from any thread.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self._idle: list[mmap.mmap] = []
+        self._lent_bytes = 0
+        self._changed = threading.Condition()  # guards the two above
+
+    @contextmanager
+    def borrow(self, count: int) -> Iterator[memoryview]:
+        """Lend a writable buffer of `count` bytes whose address is page-aligned.
+
+        Waits until the budget has room. The view must not be used after the block.
+
+        Raises:
+            ConfigError: if `count` alone is over the budget.
+        """
+        buffer = self._take(-(-count // mmap.PAGESIZE) * mmap.PAGESIZE)
+        try:
+            with memoryview(buffer) as whole, whole[:count] as view:
+                yield view
+        finally:
+            self._give_back(buffer)
+
+    def trim(self) -> None:
+        """Free the buffers that nobody has borrowed."""
+        with self._changed:
+            self._idle.clear()
+
+    def _take(self, size: int) -> mmap.mmap:
+        if size > self.budget_bytes:
+            raise ConfigError(
+                f"one buffer of {size} bytes is over the budget of {self.budget_bytes}; raise it"
+            )
+        with self._changed:
+            self._changed.wait_for(lambda: self._lent_bytes + size <= self.budget_bytes)
+            fitting = [buffer for buffer in self._idle if len(buffer) >= size]
+            if fitting:
+                buffer = min(fitting, key=len)
+                self._idle.remove(buffer)
+            else:
+                # The pool never holds more than the budget: a smaller one makes room.
+                self._idle.clear()
+                buffer = mmap.mmap(-1, max(size, mmap.PAGESIZE))
+            self._lent_bytes += len(buffer)
+            return buffer
+
+    def _give_back(self, buffer: mmap.mmap) -> None:
+        with self._changed:
+            self._lent_bytes -= len(buffer)
+            self._idle.append(buffer)
+            self._changed.notify_all()

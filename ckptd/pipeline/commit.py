@@ -1,0 +1,270 @@
+"""Rank manifests, the commit, and the end of steps that will never be committed.
+
+Whoever comes first creates the one terminal record of a step: the manifest, or a tombstone. All of
+them put with create-if-absent, read back, and believe what they read, so that any number of racing
+committers report the same outcome, also after a lost response.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import xxhash
+
+from ckptd import failpoints
+from ckptd.codec.records import decode_record, encode_record
+from ckptd.errors import (
+    CheckpointError,
+    CkptdError,
+    CorruptError,
+    IncompleteError,
+    LayoutError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    SaveFailedError,
+    StoreUnavailableError,
+)
+from ckptd.model import keys
+from ckptd.model.keys import StepId
+from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
+from ckptd.plan.commit import layout_key, manifest_of
+from ckptd.store.base import Store
+
+MAX_RECORD_BYTES = 256 << 20
+TOMBSTONE = b""
+
+State = Literal["committed", "failed", "skipped", "unknown", "waiting"]
+
+
+class Verdict(NamedTuple):
+    """What is known of a step. `kind` names the class of error where the step is not committed."""
+
+    state: State
+    kind: str = ""
+    reason: str = ""
+    fqn: str = ""
+    ranks: tuple[int, ...] = ()
+
+
+COMMITTED = Verdict("committed")
+
+
+class Proofs:
+    """Remembers for which layouts and plans coverage was proved; shared by threads."""
+
+    def __init__(self, limit: int = 64) -> None:
+        self._known: dict[str, None] = {}
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _known
+
+    def has(self, key: str) -> bool:
+        """Tell whether coverage under `key` was proved."""
+        with self._lock:
+            return key in self._known
+
+    def add(self, key: str) -> None:
+        """Remember a proof; the oldest is forgotten at the limit."""
+        with self._lock:
+            self._known[key] = None
+            while len(self._known) > self._limit:
+                del self._known[next(iter(self._known))]
+
+
+def put_rank(store: Store, record: RankManifest) -> None:
+    """Make a rank manifest durable. Repeating it after a lost answer is fine.
+
+    Raises:
+        SaveFailedError: another record stands in its place: this rank's outcome, or the manifest of
+            another save of the same step.
+        StoreError: it may not be durable.
+    """
+    key = keys.rank(record.id, record.rank)
+    try:
+        failpoints.hit("rank.put")
+        store.put_new(key, encode_record(record))
+    except (ObjectExistsError, StoreUnavailableError) as error:
+        there = _read_part(store, key, error)
+        is_ours = isinstance(there, RankManifest) and (
+            (there.sequence, there.layout, there.world_size)
+            == (record.sequence, record.layout, record.world_size)
+        )
+        if not is_ours:
+            raise SaveFailedError(
+                f"step {record.step}: another record of rank {record.rank} stands at {key}; "
+                "saves of one step must not be mixed",
+                step=record.step,
+            ) from None
+    failpoints.hit("rank.done")
+
+
+def put_outcome(store: Store, record: Outcome) -> None:
+    """Record that a rank delivers nothing; whatever stands there already stays.
+
+    Raises:
+        StoreError: it may not be durable.
+    """
+    try:
+        store.put_new(keys.rank(record.id, record.rank), encode_record(record))
+    except ObjectExistsError:
+        return
+
+
+def read_verdict(store: Store, step: StepId, world_size: int) -> Verdict:
+    """Read the terminal record of a step, if there is one.
+
+    Raises:
+        StoreError: the store did not answer.
+    """
+    key = keys.checkpoint(step)
+    try:
+        data = store.get(key, max_bytes=MAX_RECORD_BYTES)
+    except ObjectNotFoundError:
+        return Verdict("waiting")
+    if data == TOMBSTONE:
+        return _why_ended(store, step, world_size)
+    manifest = decode_record(data, Manifest, key=key)
+    if manifest.id != step:
+        raise CorruptError("a manifest of another step", key=key, step=step.step)
+    return COMMITTED
+
+
+def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> Verdict:
+    """Commit a step if all its rank manifests are there; end it if it can never be committed.
+
+    Raises:
+        StoreError: nothing is decided; ask again.
+    """
+    parts = list(store.list(f"{keys.RANKS}{step}/"))
+    present = {found[1] for entry in parts if (found := keys.parse_rank(entry.key))}
+    records = []
+    try:
+        for number in sorted(present & set(range(world_size))):
+            record, size, digest = _read_rank(store, step, number)
+            if isinstance(record, Outcome):
+                return end_step(store, step, world_size, _of_outcome(record))
+            records.append((record, size, digest))
+        missing = sorted(set(range(world_size)) - present)
+        if missing:
+            verdict = read_verdict(store, step, world_size)
+            return verdict._replace(ranks=tuple(missing)) if verdict.state == "waiting" else verdict
+        manifest = _prove(records, proofs)
+    except (CheckpointError, LayoutError) as error:
+        return end_step(store, step, world_size, verdict_of(error))
+    return _put_manifest(store, manifest)
+
+
+def end_step(store: Store, step: StepId, world_size: int, why: Verdict) -> Verdict:
+    """Put a tombstone on the commit key; return `why`, or what stands there already.
+
+    Raises:
+        StoreError: nothing is decided; ask again.
+    """
+    try:
+        failpoints.hit("tombstone.put")
+        store.put_new(keys.checkpoint(step), TOMBSTONE)
+    except (ObjectExistsError, StoreUnavailableError):
+        there = read_verdict(store, step, world_size)
+        if there.state == "waiting":
+            raise
+        return COMMITTED if there.state == "committed" else why
+    return why
+
+
+def incomplete(step: StepId, missing: Sequence[int], timeout_s: float) -> Verdict:
+    """Return the verdict on a step some of whose ranks did not deliver in time."""
+    ranks = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+    return Verdict(
+        "failed",
+        IncompleteError.__name__,
+        f"step {step.step}: rank {ranks} delivered nothing within {timeout_s:.0f} s",
+        ranks=tuple(missing),
+    )
+
+
+def verdict_of(error: CkptdError) -> Verdict:
+    """Turn the error that stopped a commit into a verdict."""
+    ranks = error.missing_ranks if isinstance(error, IncompleteError) else ()
+    if isinstance(error, LayoutError):
+        return Verdict("failed", type(error).__name__, str(error), error.fqn, error.ranks)
+    return Verdict("failed", type(error).__name__, str(error), ranks=ranks)
+
+
+def _prove(records: list[tuple[RankManifest, int, str]], proofs: Proofs) -> Manifest:
+    key = layout_key(records)
+    manifest = manifest_of(records, is_layout_proven=proofs.has(key))
+    proofs.add(key)
+    return manifest
+
+
+def _put_manifest(store: Store, manifest: Manifest) -> Verdict:
+    # Rank manifests of other daemons may be visible before they are durable (a local file system
+    # shared by several): everything that the manifest names is made durable before it exists.
+    store.sync()
+    try:
+        failpoints.hit("commit.put")
+        store.put_new(keys.checkpoint(manifest.id), encode_record(manifest))
+    except ObjectExistsError:
+        pass  # somebody was faster: the read below tells what
+    except StoreUnavailableError:
+        verdict = read_verdict(store, manifest.id, manifest.world_size)
+        if verdict.state == "waiting":
+            raise
+        return verdict
+    failpoints.hit("commit.done")
+    return read_verdict(store, manifest.id, manifest.world_size)
+
+
+def _read_rank(store: Store, step: StepId, number: int) -> tuple[RankManifest | Outcome, int, str]:
+    key = keys.rank(step, number)
+    data = store.get(key, max_bytes=MAX_RECORD_BYTES)
+    record = decode_record(data, RankManifest | Outcome, key=key)
+    if record.id != step or record.rank != number:
+        raise CorruptError("a rank manifest of another step or rank", key=key, step=step.step)
+    return record, len(data), xxhash.xxh3_128_hexdigest(data)
+
+
+def _read_part(store: Store, key: str, cause: Exception) -> RankManifest | Outcome:
+    try:
+        data = store.get(key, max_bytes=MAX_RECORD_BYTES)
+    except ObjectNotFoundError:
+        raise cause from None
+    return decode_record(data, RankManifest | Outcome, key=key)
+
+
+def _of_outcome(record: Outcome) -> Verdict:
+    kind = "SaveSkippedError" if record.state == "skipped" else SaveFailedError.__name__
+    reason = f"step {record.step}: rank {record.rank} {record.state}: {record.reason}"
+    return Verdict(record.state, kind, reason, ranks=(record.rank,))
+
+
+def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
+    """Say why a step has a tombstone: an outcome record, or ranks that are not there."""
+    present = set()
+    for entry in store.list(f"{keys.RANKS}{step}/"):
+        found = keys.parse_rank(entry.key)
+        if found is None:
+            continue
+        present.add(found[1])
+        try:
+            record = _read_rank(store, step, found[1])[0]
+        except (CheckpointError, ObjectNotFoundError):
+            continue  # pruned or damaged meanwhile: another record may tell
+        if isinstance(record, Outcome):
+            return _of_outcome(record)
+    missing = tuple(sorted(set(range(world_size)) - present))
+    reason = (
+        f"step {step.step} was ended by a tombstone; rank manifests missing: {missing or 'none'}"
+    )
+    return Verdict("failed", SaveFailedError.__name__, reason, ranks=missing)
+
+
+def new_outcome(
+    step: StepId, rank: int, world_size: int, sequence: int, state: Literal["failed", "skipped"],
+    reason: str,
+) -> Outcome:  # fmt: skip
+    """Build the record that stands in place of a rank manifest."""
+    return Outcome(
+        FORMAT, step.step, step.attempt, rank, world_size, sequence, state, reason[:4000]
+    )

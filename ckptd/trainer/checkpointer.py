@@ -1,0 +1,418 @@
+"""What a training script holds: saves, resumes, and waits."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from ckptd import failpoints
+from ckptd.errors import CkptdError, ConfigError, SaveSkippedError, SlotsBusyError
+from ckptd.model.checkpoint import Checkpoint
+from ckptd.model.keys import MAX_STEP, StepId
+from ckptd.pipeline.catalog import describe, list_checkpoints
+from ckptd.plan.split import whole_share
+from ckptd.store.open import normalise_url, open_store
+from ckptd.trainer.agreement import Agreement
+from ckptd.trainer.attempts import start_attempt
+from ckptd.trainer.flatten import Flat, flatten
+from ckptd.trainer.handle import Handle
+from ckptd.trainer.layouts import fingerprints, layout_of, predicted_layout
+from ckptd.trainer.link import Link, Pending
+from ckptd.trainer.meeting import Meeting
+from ckptd.trainer.options import Options
+from ckptd.trainer.ports import Port, SocketPort, ThreadPort, start_daemon
+from ckptd.trainer.resuming import Resumed, Resuming
+from ckptd.trainer.snapshots import Captured, Cut, Snapshots
+from ckptd.wire import messages as say
+from ckptd.wire.address import socket_path
+
+log = logging.getLogger("ckptd.trainer")
+
+
+class Checkpointer:
+    """Checkpoints of one job in one root. Made on every rank, in the same order on all.
+
+    Under torch.distributed, make it after ``init_process_group``. Methods belong to the thread that
+    trains, handles to any. A forked child (a data loader) must not use it.
+
+    Args:
+        url: a folder that every rank sees, or ``file://`` of one; ``memory://name`` for tests, with
+            ``daemon=False``.
+        daemon: True finds or starts the daemon of this user and root on this node (or uses
+            ``$CKPTD_SOCKET``); a path is the socket of one that runs as a service; False does its
+            work on threads of this process, which die with it.
+        compression: ``auto`` leaves raw what does not shrink; ``zstd`` always tries; ``none``.
+        on_busy: when no slot is free within `busy_timeout_s`: ``wait`` raises `SlotsBusyError`,
+            ``skip`` leaves the step out, on all ranks.
+        slots: snapshots that fit in shared memory; ``auto`` is two where memory allows, else one.
+        storage_options: settings of the store; kept in memory, never logged.
+        commit_timeout_s: how long a step may wait for the slowest rank before it is given up.
+        meeting_timeout_s: how long ranks wait for each other at the start and in `resume`.
+        allow_pickle: store values that have no safe form as marked pickles.
+
+    Raises:
+        ConfigError: the arguments, the root or the job cannot work; the message says what to do.
+        StoreError: the root cannot be reached, read or written.
+        MeetingError: the ranks did not meet.
+    """
+
+    def __init__(  # noqa: PLR0913 - keyword-only settings, each with a default that works
+        self,
+        url: str | os.PathLike[str],
+        *,
+        daemon: bool | str = True,
+        compression: Literal["auto", "zstd", "none"] = "auto",
+        on_busy: Literal["wait", "skip"] = "wait",
+        busy_timeout_s: float = 60.0,
+        slots: int | Literal["auto"] = "auto",
+        storage_options: dict[str, object] | None = None,
+        commit_timeout_s: float = 600.0,
+        meeting_timeout_s: float = 300.0,
+        allow_pickle: bool = False,
+    ) -> None:
+        self.options = Options(
+            normalise_url(os.fspath(url)), daemon, compression, on_busy, busy_timeout_s, slots,
+            storage_options or {}, commit_timeout_s, meeting_timeout_s, allow_pickle,
+        )  # fmt: skip
+        self.options.check()
+        failpoints.arm(os.environ.get("CKPTD_FAILPOINTS", ""))
+        self._pid = os.getpid()
+        self._meeting = Meeting.of_job(self.options.url)
+        store = open_store(self.options.url, self.options.storage_options)
+        try:
+            self.attempt = start_attempt(store, self._meeting, meeting_timeout_s)
+        finally:
+            store.close()
+        self._agreement = Agreement(self._meeting, self.options.chunk_bytes)
+        self._snapshots = Snapshots(
+            slots=slots, local_ranks=self._meeting.local_world_size,
+            is_shared=daemon is not False, chunk_bytes=self.options.chunk_bytes,
+        )  # fmt: skip
+        self._link = Link(self._open_port, self._hello(), give_up_s=busy_timeout_s)
+        self._resuming = Resuming(self.options, self._meeting)
+        self._resumed_from: StepId | None = None
+        self._flat: Flat | None = None
+        self._layout: tuple[Any, Any, str] | None = None  # signature, layout, digest
+        self._handles: list[Handle] = []
+        self._sequence = 0
+        self._preparing: threading.Thread | None = None
+        self._is_closed = False
+        atexit.register(self._at_exit)
+
+    # --- saving --------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        wait: bool = False,
+        deadline_s: float | None = None,
+    ) -> Handle:
+        """Copy the state and go on training; the daemon makes it durable.
+
+        Every rank calls it with the same step. Steps only grow; saving the step just saved returns
+        the same handle. With `wait`, return only after the commit, or raise after `deadline_s`.
+
+        Raises:
+            LayoutError: the state cannot be stored; nothing was, and the other ranks hear of it.
+            SlotsBusyError: no slot got free in time (``on_busy="wait"``).
+            CkptdError: why an *earlier* save failed, once. This one was handed off all the same, so
+                that ranks which hear of a failure at different steps stay in step.
+        """
+        began = time.perf_counter()
+        self._check_usable()
+        last = self._handles[-1] if self._handles else None
+        if last is not None and step == last.step:
+            return last
+        _check_step(step, last)
+        handle = Handle(step, self._sequence + 1, self._load)
+        self._sequence += 1
+        self._handles.append(handle)
+        with self._forfeiting(handle):
+            self._snapshot(handle, state, dict(metrics or {}))
+        handle.pause_s = time.perf_counter() - began
+        if wait:
+            handle.result(deadline_s)
+        self._raise_untold(handle)
+        return handle
+
+    def prepare(self, state: Mapping[str, object]) -> None:
+        """Reserve slots for this state and agree with the other ranks who writes what.
+
+        Returns at once; a thread does it while training begins. `resume` calls it. Without it the
+        first saves cost more, and every rank writes all it holds.
+
+        Raises:
+            LayoutError: the state cannot be stored.
+        """
+        self._check_usable()
+        layout = predicted_layout(state, allow_pickle=self.options.allow_pickle)
+        flat = flatten(state, allow_pickle=self.options.allow_pickle)
+        samples = dict(
+            zip((leaf.fqn for leaf in flat.leaves), fingerprints(flat.leaves), strict=True)
+        )
+        rows = [samples.get(held.tensor.fqn, 0) for held in layout.held]
+        self._agreement.prepare(layout, np.array(rows, "<u8").tobytes())
+        digest = layout.digest()
+
+        def reserve() -> None:
+            self._agreement.wait_planned(self.options.plan_timeout_s)
+            agreed = self._agreement.planned()
+            share = agreed.share if agreed else whole_share(layout)
+            cut = self._snapshots.cut(layout, digest, agreed.plan if agreed else None, share)
+            try:
+                self._snapshots.reserve(cut.packed.slot_bytes, is_faulted=True)
+            except CkptdError as error:
+                log.error("slots could not be reserved ahead: %s", error)  # noqa: TRY400 - save raises it
+
+        self._preparing = threading.Thread(target=reserve, name="ckptd-prepare", daemon=True)
+        self._preparing.start()
+
+    def fence(self) -> None:
+        """Wait until a deferred copy is done. Saves copy before they return: nothing to wait for."""
+
+    # --- resuming ------------------------------------------------------------------------------
+
+    def resume(
+        self,
+        state: Mapping[str, object],
+        *,
+        step: int | None = None,
+        strict: bool = True,
+        rename: Any = None,
+        map_location: Any = None,
+    ) -> Resumed | None:
+        """Fill the live objects of `state` from the newest whole checkpoint, on all ranks alike.
+
+        Every rank calls it, once, before the first save. None if the root holds no checkpoint yet.
+
+        Raises:
+            LayoutError: state and checkpoint do not fit; nothing was changed.
+            CheckpointError: there are checkpoints, but none is whole; nothing was changed.
+            TornRestoreError: none is whole, and the objects were changed half: do not use them.
+            StoreError: the store did not answer; that is never taken for "no checkpoint".
+            MeetingError: some rank did not come.
+        """
+        self._check_usable()
+        if self._sequence:
+            raise ConfigError("resume comes before the first save of a Checkpointer")
+        self._link.settle(self.options.settle_timeout_s)
+        resumed = self._resuming.run(
+            state, step=step, strict=strict, rename=rename, map_location=map_location
+        )
+        if resumed is not None:
+            self._resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
+        self.prepare(state)
+        return resumed
+
+    # --- the rest ------------------------------------------------------------------------------
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return what is committed in the root, newest first."""
+        store = open_store(self.options.url, self.options.storage_options)
+        try:
+            return list_checkpoints(store)
+        finally:
+            store.close()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until every save has its final word; False if not in time.
+
+        Raises:
+            CkptdError: why one of them failed, if nobody was told of it yet.
+        """
+        is_done = self._link.wait(timeout_s)
+        self._raise_untold(None)
+        return is_done
+
+    def close(self) -> None:
+        """Wait for the final word on every save, and leave. May be repeated.
+
+        Raises:
+            CkptdError: why a save failed, if nobody was told of it yet.
+        """
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._link.wait(self.options.commit_timeout_s + 60.0)
+        self._leave()
+        self._raise_untold(None)
+
+    def __enter__(self) -> Checkpointer:  # noqa: PYI034 - Self is not in Python 3.10
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        if kind is None:
+            self.close()
+        else:
+            # The daemon finishes what it has; another error must not hide the one under way.
+            self._leave()
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _snapshot(
+        self, handle: Handle, state: Mapping[str, object], metrics: dict[str, float]
+    ) -> None:
+        flat = self._flat = flatten(
+            state, allow_pickle=self.options.allow_pickle, previous=self._flat
+        )
+        cut, samples = self._cut(flat, handle.sequence)
+        values = msgspec.json.encode(flat.values)
+        if len(values) > say.MAX_VALUES_BYTES:
+            raise ConfigError(
+                f"the values of the state are {len(values)} bytes; at most {say.MAX_VALUES_BYTES} "
+                "travel: keep large arrays as tensors"
+            )
+        failpoints.hit("capture.begin")
+        captured = self._snapshots.capture(
+            cut, flat.leaves, step=handle.step, sequence=handle.sequence,
+            timeout_s=self.options.busy_timeout_s,
+        )  # fmt: skip
+        if captured is None:
+            self._busy(handle)
+            return
+        handle.captured_bytes = captured.bytes
+        failpoints.hit("capture.done")
+        self._hand_off(handle, cut, captured, values, samples, metrics)
+
+    def _cut(self, flat: Flat, sequence: int) -> tuple[Cut, bytes]:
+        """Return what this rank writes in this save, and the samples that go with it."""
+        signature = flat.signature()
+        if self._layout is None or self._layout[0] != signature:
+            layout = layout_of(flat)
+            self._layout = (signature, layout, layout.digest())
+        _, layout, digest = self._layout
+        samples = None
+        if not self._agreement.is_planned:
+            samples = np.array(fingerprints(flat.leaves), "<u8").tobytes()
+        agreed = self._agreement.begin_save(sequence, layout, samples)
+        if agreed is not None:
+            return self._snapshots.cut(layout, digest, agreed.plan, agreed.share), b""
+        if samples is None:
+            samples = np.array(fingerprints(flat.leaves), "<u8").tobytes()
+        return self._snapshots.cut(layout, digest, None, whole_share(layout)), samples
+
+    def _hand_off(
+        self, handle: Handle, cut: Cut, captured: Captured, values: bytes, samples: bytes,
+        metrics: dict[str, float],
+    ) -> None:  # fmt: skip
+        previous = self._link.newest or self._resumed_from
+        message = say.Handoff(
+            step=handle.step, sequence=handle.sequence, arena=captured.arena_number,
+            slot=captured.slot.index, generation=captured.generation, recipe=cut.recipe.recipe,
+            values=values, fingerprints=samples, metrics=metrics,
+            previous=str(previous) if previous else None, captured_at=time.time(),
+        )  # fmt: skip
+        self._link.submit(
+            Pending(
+                handle, message, cut.recipe, (captured.arena_number, captured.arena),
+                release=lambda: captured.pool.release(captured.slot),
+            )
+        )  # fmt: skip
+
+    def _busy(self, handle: Handle) -> None:
+        waited = f"no slot got free in {self.options.busy_timeout_s:.0f} s"
+        if self.options.on_busy == "wait":
+            raise SlotsBusyError(
+                f"step {handle.step}: {waited}; the store is slower than the job saves: save less "
+                "often, give more slots or a longer busy_timeout_s, or set on_busy='skip'"
+            )
+        self._forfeit(handle, "skipped", waited)
+        log.warning("step %d skipped: %s", handle.step, waited)
+
+    def _forfeit(self, handle: Handle, state: Literal["failed", "skipped"], reason: str) -> None:
+        message = say.Forfeit(handle.step, handle.sequence, state, reason[:4000])
+        self._link.submit(Pending(handle, message))
+
+    @contextmanager
+    def _forfeiting(self, handle: Handle) -> Any:
+        """Tell the other ranks when this one raises instead of delivering."""
+        try:
+            yield
+        except CkptdError as error:
+            self._forfeit(handle, "failed", str(error))
+            handle.tell()
+            raise
+
+    def _raise_untold(self, current: Handle | None) -> None:
+        """Raise the first failure of an earlier save that nobody was told of."""
+        untold = [h for h in self._handles if h is not current]
+        self._handles = [h for h in self._handles if not h.is_done or h is self._handles[-1]]
+        for handle in untold:
+            error = handle.take_untold_error()
+            if error is not None and not isinstance(error, SaveSkippedError):
+                raise error
+
+    def _load(self, step: int) -> Checkpoint:
+        store = open_store(self.options.url, self.options.storage_options)
+        try:
+            return describe(store, StepId(attempt=self.attempt.ordinal, step=step))
+        finally:
+            store.close()
+
+    def _hello(self) -> say.Hello:
+        return say.Hello(
+            protocol=say.PROTOCOL, root=self.options.url,
+            storage_options=self.options.storage_options, attempt=self.attempt.ordinal,
+            token=self.attempt.token, rank=self._meeting.rank,
+            world_size=self._meeting.world_size, pid=os.getpid(),
+            compression=self.options.compression,
+            commit_timeout_s=self.options.commit_timeout_s,
+        )  # fmt: skip
+
+    def _open_port(self, wake_fd: int) -> Port:
+        if self.options.daemon is False:
+            return ThreadPort(wake_fd)
+        if isinstance(self.options.daemon, str):
+            return SocketPort(self.options.daemon, deadline_s=5.0)
+        path = socket_path(self.options.url, self.options.storage_options, os.environ)
+        if not os.environ.get("CKPTD_SOCKET"):
+            start_daemon(path, os.environ)
+        return SocketPort(path, deadline_s=5.0)
+
+    def _check_usable(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this Checkpointer is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise ConfigError("a Checkpointer belongs to the process that made it, not to a fork")
+
+    def _leave(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self._at_exit)
+        self._agreement.close()
+        self._link.close()
+        self._snapshots.close()
+        if self._preparing is not None:
+            self._preparing.join()
+        self._meeting.close()
+
+    def _at_exit(self) -> None:
+        """Hand off what waits, when the script ends without `close`."""
+        if os.getpid() == self._pid:
+            self._leave()
+
+
+def _check_step(step: int, last: Handle | None) -> None:
+    if type(step) is not int or not 0 <= step <= MAX_STEP:
+        raise ConfigError(f"step {step!r}: give a whole number from 0 to {MAX_STEP}")
+    if last is not None and step < last.step:
+        raise ConfigError(
+            f"step {step} after step {last.step}: steps only grow. To go back, resume an older step "
+            "with a new Checkpointer"
+        )

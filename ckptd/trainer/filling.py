@@ -1,0 +1,153 @@
+"""One rank's part of restoring a checkpoint: check that it fits, fill, finish."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ckptd.errors import LayoutError
+from ckptd.model.keys import StepId
+from ckptd.model.manifest import Manifest, RankManifest, Tree
+from ckptd.pipeline.catalog import read_manifest, read_rank, read_ranks
+from ckptd.pipeline.read import read_chunks
+from ckptd.pipeline.write import default_workers
+from ckptd.plan.reading import ChunkRead, Region, Wanted, plan_reads
+from ckptd.store.base import Store
+from ckptd.trainer import rng
+from ckptd.trainer.rebuild import RestorePlan, Restorer
+from ckptd.trainer.rng import RNGState
+from ckptd.trainer.values import PerRank
+
+if TYPE_CHECKING:
+    from ckptd.trainer.resuming import Resumed
+
+log = logging.getLogger("ckptd.trainer")
+
+
+class Request(NamedTuple):
+    """What to fill, and as which rank of how many."""
+
+    state: Mapping[str, object]
+    strict: bool
+    rename: Any
+    map_location: Any
+    rank: int
+    world_size: int
+
+
+class Filling:
+    """Call `check`, then `fill`, then `finish`, on one thread. Reads run on threads of their own."""
+
+    def __init__(self, store: Store, request: Request) -> None:
+        self._store = store
+        self._request = request
+        self._manifest: Manifest | None = None
+        self._plan: RestorePlan | None = None
+        self._reads: list[ChunkRead] = []
+        self._values: dict[str, Tree] = {}
+        self._restored: dict[str, Any] = {}
+        self._surplus: tuple[str, ...] = ()
+
+    def check(self, id_: StepId) -> None:
+        """Read the records and make sure that everything wanted is there. Changes nothing.
+
+        Raises:
+            LayoutError: state and checkpoint do not fit.
+            CorruptError: a record is damaged or missing.
+            StoreError: the store did not answer.
+        """
+        request = self._request
+        manifest = self._manifest = read_manifest(self._store, id_)
+        own = read_rank(self._store, manifest, min(request.rank, manifest.world_size - 1))
+        self._values = self._choose_values(manifest, own)
+        tensors = {tensor.fqn: tensor for tensor in manifest.tensors}
+        restorer = Restorer(
+            request.state, strict=request.strict, rename=request.rename,
+            map_location=request.map_location,
+        )  # fmt: skip
+        self._plan = restorer.plan(tensors, manifest.aliases, {**own.values, **self._values})
+        self._reads = self._plan_reads(manifest, own, self._plan.wanted)
+
+    def fill(self) -> None:
+        """Read everything into the live tensors.
+
+        Raises:
+            CorruptError: a chunk is damaged; the objects are changed half.
+            StoreError: the store did not answer; the objects are changed half.
+        """
+        plan = self._plan
+        assert plan is not None
+
+        def sink(region: Region, raw: memoryview) -> None:
+            plan.write(region.wanted, region.box, raw)
+
+        read_chunks(self._store, self._reads, sink, threads=default_workers())
+
+    def finish(self) -> None:
+        """Give optimizers, schedulers, values and generators their state."""
+        assert self._plan is not None
+        self._restored = self._plan.finish(self._values)
+
+    def resumed(self) -> Resumed:
+        """Return what `resume` returns."""
+        from ckptd.trainer.resuming import Resumed  # noqa: PLC0415 - it imports this module
+
+        assert self._manifest is not None
+        assert self._plan is not None
+        return Resumed(
+            self._manifest.step, self._manifest.attempt, self._manifest.metrics, self._restored,
+            "store", tuple(self._plan.missing), tuple(self._plan.unused), self._surplus,
+        )  # fmt: skip
+
+    def _plan_reads(
+        self, manifest: Manifest, own: RankManifest, wanted: list[Wanted]
+    ) -> list[ChunkRead]:
+        """Plan with this rank's own record if it holds everything, else with all of them.
+
+        Buffers must come from the lowest rank that stored them, so only a record of rank 0 or of a
+        rank with a plan is enough by itself.
+        """
+        if own.plan is not None or own.rank == 0:
+            try:
+                return plan_reads(wanted, [own])
+            except LayoutError:
+                pass  # others hold the rest
+        others = [rank for rank in range(manifest.world_size) if rank != own.rank]
+        return plan_reads(wanted, [own, *read_ranks(self._store, manifest, others)])
+
+    def _choose_values(self, manifest: Manifest, own: RankManifest) -> dict[str, Tree]:
+        """Return this rank's values: its own where it had some, the common ones otherwise."""
+        request = self._request
+        old_world, rank = manifest.world_size, request.rank
+        if old_world == request.world_size:
+            return dict(own.values)
+        differing = [name for name in manifest.differing if name in request.state]
+        self._surplus = tuple(
+            f"{name}@{old}" for name in differing for old in range(request.world_size, old_world)
+        )
+        first = own if own.rank == 0 else read_rank(self._store, manifest, 0)
+        values = {
+            name: tree for name, tree in first.values.items() if name not in manifest.differing
+        }
+        for name in differing:
+            self._check_rule(name, manifest)
+            if rank < old_world and name in own.values:
+                values[name] = own.values[name]
+            elif isinstance(request.state[name], RNGState) and name in first.values:
+                values[name] = rng.derive(first.values[name], rank)
+        return values
+
+    def _check_rule(self, name: str, manifest: Manifest) -> None:
+        """Refuse to guess what a value that differed between ranks means on another world size."""
+        request = self._request
+        if isinstance(request.state[name], (RNGState, PerRank)):
+            return
+        message = (
+            f"{name} was different on the ranks of the checkpoint, and the world size went from "
+            f"{manifest.world_size} to {request.world_size}: wrap it in ckptd.PerRank (old ranks get "
+            "their own, new ranks keep what they have), or leave it out of the state"
+        )
+        if request.strict:
+            raise LayoutError(message, fqn=name)
+        log.warning("%s", message)

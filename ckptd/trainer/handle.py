@@ -1,0 +1,91 @@
+"""What `save` returns: a view of one save until its final word."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from ckptd import errors
+from ckptd.errors import CheckpointError, CkptdError, IncompleteError, LayoutError, SaveUnknownError
+from ckptd.model.checkpoint import Checkpoint
+from ckptd.wire.messages import Finished
+
+
+class Handle:
+    """One save of one rank. All methods may be called from any thread.
+
+    Attributes:
+        step: the trainer's counter.
+        sequence: the number of this save within the attempt, from 1.
+        pause_s: how long `save` kept the calling thread, in seconds.
+        captured_bytes: what this rank copied into its slot.
+    """
+
+    def __init__(self, step: int, sequence: int, load: Callable[[int], Checkpoint]) -> None:
+        self.step = step
+        self.sequence = sequence
+        self.pause_s = 0.0
+        self.captured_bytes = 0
+        self._load = load
+        self._error: CkptdError | None = None
+        self._is_told = False
+        self._done = threading.Event()
+
+    @property
+    def is_done(self) -> bool:
+        """Tell whether the final word is known."""
+        return self._done.is_set()
+
+    def wait_captured(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002 - the signature for overlapped saves
+        """Wait until the state may be changed again. `save` copies before it returns: at once."""
+        return True
+
+    def result(self, timeout_s: float | None = None) -> Checkpoint:
+        """Wait for the commit and return the checkpoint as it stands in the store.
+
+        Raises:
+            SaveUnknownError: the final word was not known in time; the step may still be committed.
+            CkptdError: why the step is not committed and never will be.
+        """
+        if not self._done.wait(timeout_s):
+            raise SaveUnknownError(
+                f"step {self.step}: no final word within {timeout_s} s; the daemon goes on with it",
+                step=self.step,
+            )
+        if self._error is not None:
+            self._is_told = True
+            raise self._error
+        return self._load(self.step)
+
+    def resolve(self, error: CkptdError | None) -> None:
+        """Set the final word; the first one stands."""
+        if not self._done.is_set():
+            self._error = error
+            self._done.set()
+
+    def tell(self) -> None:
+        """Note that the caller is being told of the failure right now."""
+        self._is_told = True
+
+    def take_untold_error(self) -> CkptdError | None:
+        """Return the failure if nobody was told of it yet; it counts as told from then on."""
+        if self._is_told or not self._done.is_set() or self._error is None:
+            return None
+        self._is_told = True
+        return self._error
+
+
+def error_of(finished: Finished) -> CkptdError | None:
+    """Rebuild the error that the daemon reported; None if the step is committed."""
+    if finished.state == "committed":
+        return None
+    kind = getattr(errors, finished.kind, None)
+    if kind is IncompleteError:
+        return IncompleteError(
+            finished.reason, step=finished.step, missing_ranks=finished.ranks
+        )  # fmt: skip
+    if isinstance(kind, type) and issubclass(kind, LayoutError):
+        return kind(finished.reason, fqn=finished.fqn, ranks=finished.ranks)
+    if isinstance(kind, type) and issubclass(kind, CheckpointError):
+        return kind(finished.reason, step=finished.step)
+    return errors.SaveFailedError(finished.reason, step=finished.step)

@@ -1,0 +1,349 @@
+"""The thread that talks to the daemon, so that the training thread never does."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptd.errors import (
+    CkptdError,
+    ConfigError,
+    DaemonUnavailableError,
+    HandoffError,
+    ProtocolError,
+    SaveUnknownError,
+)
+from ckptd.model.keys import StepId
+from ckptd.shm.arena import Arena
+from ckptd.trainer.handle import Handle, error_of
+from ckptd.trainer.ports import Port
+from ckptd.wire import messages as say
+
+log = logging.getLogger("ckptd.trainer")
+
+WELCOME_TIMEOUT_S = 30.0
+_RETRY_S = (0.05, 0.2, 1.0, 2.0)
+_OVERTIME_S = 120.0
+
+
+@dataclass
+class Pending:
+    """A save without its final word. `release` gives its slot back, once."""
+
+    handle: Handle
+    message: say.Handoff | say.Forfeit
+    recipe: say.Recipe | None = None
+    arena: tuple[int, Arena] | None = None
+    release: Callable[[], None] | None = None
+    since: float = 0.0
+    is_written: bool = False
+
+    def let_go(self) -> None:
+        """Give the slot back, if it was not already."""
+        release, self.release = self.release, None
+        if release is not None:
+            release()
+
+
+class Link:
+    """Hands snapshots to a daemon and brings the final words back.
+
+    `submit`, `settle` and `close` may be called from any thread and, except for their own timeouts,
+    do not block. A daemon that dies is found or started again, and what has no final word yet is
+    handed off once more from its slot.
+
+    Args:
+        open_port: opens a conversation; given the descriptor to write to when something came.
+        hello: the first message of each conversation.
+        give_up_s: how long a snapshot may wait for a daemon before its save fails.
+    """
+
+    def __init__(
+        self, open_port: Callable[[int], Port], hello: say.Hello, *, give_up_s: float
+    ) -> None:  # fmt: skip
+        self._open_port = open_port
+        self._hello = hello
+        self._give_up_s = give_up_s
+        self._changed = threading.Condition()  # guards the four below
+        self._pending: dict[int, Pending] = {}
+        self._outgoing: deque[Pending] = deque()
+        self._newest: StepId | None = None
+        self._wants: str = ""
+        self._is_settled = False
+        self._is_over = False
+        self._refused: CkptdError | None = None
+        # Of the thread alone:
+        self._port: Port | None = None
+        self._told_arena: int | None = None
+        self._told_recipes: list[int] = []
+        self._failures = 0
+        self._next_try = 0.0
+        self._wake_in, self._wake_out = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
+        self._thread = threading.Thread(target=self._run, name="ckptd-link", daemon=True)
+        self._thread.start()
+
+    # --- for the trainer -----------------------------------------------------------------------
+
+    @property
+    def newest(self) -> StepId | None:
+        """The newest checkpoint of this attempt that is known to be committed."""
+        with self._changed:
+            return self._newest
+
+    def submit(self, pending: Pending) -> None:
+        """Hand a snapshot off, or a refusal, in the order of the calls."""
+        pending.since = time.monotonic()
+        with self._changed:
+            refused = self._refused
+            if refused is None:
+                self._pending[pending.handle.step] = pending
+                self._outgoing.append(pending)
+        if refused is not None:
+            pending.let_go()
+            pending.handle.resolve(refused)
+        self._wake()
+
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until the daemon has written what earlier attempts handed off; False if not in time."""
+        with self._changed:
+            self._is_settled, self._wants = False, "settle"
+            self._wake()
+            self._changed.wait_for(lambda: self._is_settled or self._refused, timeout_s)
+            self._wants = ""
+            return self._is_settled
+
+    def wait(self, timeout_s: float | None) -> bool:
+        """Wait until every save has its final word; False if not in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._pending, timeout_s)
+
+    def close(self) -> None:
+        """Say goodbye and end the thread. What was handed off is finished by the daemon."""
+        with self._changed:
+            if self._is_over:
+                return
+            self._is_over = True
+        self._wake()
+        self._thread.join()
+        os.close(self._wake_in)
+        os.close(self._wake_out)
+
+    # --- the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._is_finished():
+            try:
+                self._converse()
+            except HandoffError as error:
+                self._hang_up(error)
+            except CkptdError as error:
+                self._refuse(error)
+            except Exception as error:
+                log.exception("the thread that talks to the daemon failed")
+                self._refuse(HandoffError(f"internal error: {error!r}"))
+            self._expire()
+        self._farewell()
+
+    def _is_finished(self) -> bool:
+        """Over, and nothing that still has to reach a daemon."""
+        with self._changed:
+            return self._is_over and (not self._outgoing or self._refused is not None)
+
+    def _converse(self) -> None:
+        """Do one round: have a conversation, send what waits, take what came."""
+        now = time.monotonic()
+        if self._port is None and now >= self._next_try and self._has_business():
+            self._connect()
+        if self._port is not None:
+            self._send_waiting(self._port)
+        self._wait_for_news()
+        if self._port is not None:
+            for message in self._port.receive():
+                self._heard(message)
+
+    def _has_business(self) -> bool:
+        with self._changed:
+            return self._refused is None and bool(self._pending or self._wants)
+
+    def _connect(self) -> None:
+        port = self._open_port(self._wake_out)
+        try:
+            port.send(self._hello)
+            self._await_welcome(port)
+        except BaseException:
+            port.close()
+            raise
+        self._port, self._failures = port, 0
+        self._told_arena, self._told_recipes = None, []
+        with self._changed:
+            self._outgoing = deque(self._pending.values())
+
+    def _await_welcome(self, port: Port) -> None:
+        deadline = time.monotonic() + WELCOME_TIMEOUT_S
+        while (left := deadline - time.monotonic()) > 0:
+            self._select(port, left)
+            for message in port.receive():
+                if isinstance(message, say.Welcome):
+                    return
+                self._heard(message)
+        raise DaemonUnavailableError("the daemon did not answer the hello; is it stopped?")
+
+    def _send_waiting(self, port: Port) -> None:
+        while True:
+            with self._changed:
+                if not self._outgoing:
+                    settle = self._wants == "settle"
+                    self._wants = "settling" if settle else self._wants
+                    break
+                pending = self._outgoing.popleft()
+            self._send_one(port, pending)
+        if settle:
+            port.send(say.Settle())
+
+    def _send_one(self, port: Port, pending: Pending) -> None:
+        message = pending.message
+        if pending.is_written and isinstance(message, say.Handoff):
+            port.send(say.Watch(message.step, message.sequence, message.previous))
+            return
+        if isinstance(message, say.Handoff):
+            assert pending.arena is not None
+            assert pending.recipe is not None
+            number, arena = pending.arena
+            if self._told_arena != number:
+                port.send(say.Arena(number, arena.slots, arena.slot_bytes), arena)
+                self._told_arena = number
+            if pending.recipe.recipe not in self._told_recipes:
+                port.send(pending.recipe)
+                # The daemon remembers four (engine.clients.MAX_RECIPES).
+                self._told_recipes = [*self._told_recipes, pending.recipe.recipe][-4:]
+        port.send(message)
+
+    def _wait_for_news(self) -> None:
+        timeout = 1.0
+        if self._port is None and self._has_business():
+            timeout = max(0.0, min(timeout, self._next_try - time.monotonic()))
+        self._select(self._port, timeout)
+
+    def _select(self, port: Port | None, timeout_s: float) -> None:
+        poll = select.poll()
+        poll.register(self._wake_in, select.POLLIN)
+        if port is not None and (fd := port.fileno()) is not None:
+            poll.register(fd, select.POLLIN)
+        poll.poll(int(timeout_s * 1000) + 1)
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_in, 4096)
+
+    def _heard(self, message: say.FromDaemon) -> None:
+        if isinstance(message, say.Written):
+            with self._changed:
+                pending = self._pending.get(message.step)
+            if pending is not None:
+                pending.is_written = True
+                pending.let_go()
+        elif isinstance(message, say.Finished):
+            self._finished(message)
+        elif isinstance(message, say.Settled):
+            with self._changed:
+                self._is_settled = True
+                self._changed.notify_all()
+        elif isinstance(message, say.Refused):
+            raise _refusal(message)
+
+    def _finished(self, message: say.Finished) -> None:
+        with self._changed:
+            pending = self._pending.get(message.step)
+            if message.state == "committed":
+                found = StepId(attempt=self._hello.attempt, step=message.step)
+                self._newest = max(found, self._newest or found)
+        if pending is not None:
+            self._resolve(pending, error_of(message))
+
+    # --- endings -------------------------------------------------------------------------------
+
+    def _resolve(self, pending: Pending, error: CkptdError | None) -> None:
+        if error is not None:
+            log.error("step %d: %s", pending.handle.step, error)
+        pending.let_go()
+        pending.handle.resolve(error)
+        with self._changed:
+            self._pending.pop(pending.handle.step, None)
+            if pending in self._outgoing:
+                self._outgoing.remove(pending)
+            self._changed.notify_all()
+
+    def _hang_up(self, error: HandoffError) -> None:
+        """Drop the conversation; another is opened after a while."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+        with self._changed:
+            if self._wants == "settling":
+                self._wants = "settle"
+        wait_s = _RETRY_S[min(self._failures, len(_RETRY_S) - 1)]
+        self._failures += 1
+        self._next_try = time.monotonic() + wait_s
+        level = logging.WARNING if self._failures <= len(_RETRY_S) else logging.DEBUG
+        log.log(level, "daemon: %s; trying again", error)
+        if isinstance(error, ProtocolError):
+            self._refuse(error)
+
+    def _refuse(self, error: CkptdError) -> None:
+        """Fail everything: no daemon will take this trainer's snapshots."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+        with self._changed:
+            self._refused = error
+            pending = list(self._pending.values())
+            self._changed.notify_all()
+        for each in pending:
+            self._resolve(each, error)
+
+    def _expire(self) -> None:
+        """Fail saves that found no daemon in time, or whose final word never came."""
+        now = time.monotonic()
+        limit_s = self._hello.commit_timeout_s + _OVERTIME_S
+        with self._changed:
+            pending = list(self._pending.values())
+        for each in pending:
+            if self._port is None and not each.is_written and now - each.since > self._give_up_s:
+                reason = f"step {each.handle.step}: no daemon took the snapshot in {self._give_up_s:.0f} s"
+                self._resolve(each, DaemonUnavailableError(reason))
+            elif now - each.since > limit_s:
+                reason = f"step {each.handle.step}: no final word in {limit_s:.0f} s"
+                self._resolve(each, SaveUnknownError(reason, step=each.handle.step))
+
+    def _farewell(self) -> None:
+        port, self._port = self._port, None
+        if port is None:
+            return
+        with contextlib.suppress(HandoffError):
+            port.send(say.Goodbye())
+        port.close()
+        for message in _rest_of(port):
+            with contextlib.suppress(CkptdError):
+                self._heard(message)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_out, b"w")
+
+
+def _rest_of(port: Port) -> list[say.FromDaemon]:
+    """Return what an engine in this process said while it was closing."""
+    return port.receive() if port.fileno() is None else []
+
+
+def _refusal(message: say.Refused) -> CkptdError:
+    if message.kind == ProtocolError.__name__:
+        return ProtocolError(message.reason)
+    return ConfigError(f"the daemon refused this job: {message.reason}")

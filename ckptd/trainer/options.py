@@ -1,0 +1,47 @@
+"""The settings of a Checkpointer, checked once."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ckptd.errors import ConfigError
+from ckptd.units import MIB
+
+
+class Options(NamedTuple):
+    """See `Checkpointer`. `url` is normalised."""
+
+    url: str
+    daemon: bool | str
+    compression: Literal["auto", "zstd", "none"]
+    on_busy: Literal["wait", "skip"]
+    busy_timeout_s: float
+    slots: int | Literal["auto"]
+    storage_options: dict[str, object]
+    commit_timeout_s: float
+    meeting_timeout_s: float
+    allow_pickle: bool
+    chunk_bytes: int = 32 * MIB
+    plan_timeout_s: float = 10.0
+    settle_timeout_s: float = 15.0
+
+    def check(self) -> None:
+        """Check what types cannot say.
+
+        Raises:
+            ConfigError: naming the argument.
+        """
+        choices = {
+            "compression": (self.compression, ("auto", "zstd", "none")),
+            "on_busy": (self.on_busy, ("wait", "skip")),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r}: write one of {', '.join(allowed)}")
+        for name in ("busy_timeout_s", "commit_timeout_s", "meeting_timeout_s"):
+            if not 0 < getattr(self, name) < 1e7:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: write seconds, more than 0")
+        if self.slots != "auto" and not (type(self.slots) is int and 1 <= self.slots <= 64):
+            raise ConfigError(f"slots={self.slots!r}: write 'auto' or a number from 1 to 64")
+        if self.url.startswith("memory://") and self.daemon is not False:
+            raise ConfigError("memory:// lives in this process: it goes with daemon=False only")

@@ -1,0 +1,177 @@
+"""The two ways to a daemon: a socket, or an engine on a thread of this process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+from ckptd.engine import events as ev
+from ckptd.engine.runner import Outlet, Runner
+from ckptd.engine.state import Engine
+from ckptd.errors import DaemonUnavailableError
+from ckptd.shm.arena import Arena
+from ckptd.wire import messages as say
+from ckptd.wire.address import connect, is_serving
+from ckptd.wire.channel import Channel
+
+log = logging.getLogger("ckptd.trainer")
+
+SEND_TIMEOUT_S = 10.0
+START_TIMEOUT_S = 60.0
+
+
+class Port(Protocol):
+    """A conversation with a daemon. One thread uses it; `wake` descriptors are the caller's."""
+
+    def fileno(self) -> int | None:
+        """Return what becomes readable when there is something to receive; None: `wake` tells."""
+
+    def send(self, message: say.FromTrainer, arena: Arena | None = None) -> None:
+        """Send a message, an arena's memory beside it.
+
+        Raises:
+            HandoffError: the conversation is over; open another.
+        """
+
+    def receive(self) -> list[say.FromDaemon]:
+        """Return what came, without waiting.
+
+        Raises:
+            HandoffError: the conversation is over; open another.
+        """
+
+    def close(self) -> None:
+        """End the conversation. May be repeated."""
+
+
+class SocketPort:
+    """A daemon in another process."""
+
+    def __init__(self, path: str, *, deadline_s: float) -> None:
+        self._channel = Channel(connect(path, deadline_s=deadline_s), say.FromDaemon)
+        self._channel.accept_large_frames()
+
+    def fileno(self) -> int | None:
+        """Return the socket."""
+        return self._channel.fileno()
+
+    def send(self, message: say.FromTrainer, arena: Arena | None = None) -> None:
+        """Send within `SEND_TIMEOUT_S`."""
+        fds = [arena.fileno()] if arena is not None else []
+        self._channel.send(message, fds, deadline_s=SEND_TIMEOUT_S)
+
+    def receive(self) -> list[say.FromDaemon]:
+        """Return what the socket holds."""
+        messages = self._channel.read_ready()
+        if messages is None:
+            raise DaemonUnavailableError("the daemon closed the connection")
+        return cast("list[say.FromDaemon]", messages)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._channel.close()
+
+
+class _Lent:
+    """The trainer's own arena as the engine in this process sees it: not the engine's to unmap."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.slot = arena.slot
+
+    def trim(self) -> None:
+        """Keep everything: it is the trainer's."""
+
+    def close(self) -> None:
+        """Keep everything: it is the trainer's."""
+
+
+class ThreadPort:
+    """The same engine on a thread of this process (``daemon=False``): it dies with the process."""
+
+    def __init__(self, wake_fd: int) -> None:
+        self._inbox: queue.SimpleQueue[say.FromDaemon] = queue.SimpleQueue()
+        self._wake_fd = wake_fd
+        self._runner = Runner(Engine(linger_s=0.0), Outlet(self._deliver, lambda _client: None))
+        self._thread: threading.Thread | None = None
+
+    def fileno(self) -> int | None:
+        """Messages wake through the caller's descriptor."""
+        return None
+
+    def send(self, message: say.FromTrainer, arena: Arena | None = None) -> None:
+        """Post the message to the engine."""
+        if arena is not None and isinstance(message, say.Arena):
+            self._runner.give_arena(1, message.arena, _Lent(arena))
+        self._runner.post(ev.Said(1, message))
+        if self._thread is None:  # only now: an engine without a client would leave at once
+            self._thread = threading.Thread(
+                target=self._runner.run, name="ckptd-engine", daemon=True
+            )
+            self._thread.start()
+
+    def receive(self) -> list[say.FromDaemon]:
+        """Return what the engine said."""
+        messages = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
+
+    def close(self) -> None:
+        """Let the engine finish what it has, then end it."""
+        if self._thread is not None:
+            self._runner.post(ev.Said(1, say.Goodbye()))
+            self._thread.join()
+            self._thread = None
+
+    def _deliver(self, _client: int, message: say.FromDaemon) -> None:
+        self._inbox.put(message)
+        with contextlib.suppress(OSError):
+            os.write(self._wake_fd, b"w")
+
+
+def start_daemon(path: str, env: Mapping[str, str]) -> None:
+    """Start a detached daemon on `path` and wait until it listens; one process of a node does it.
+
+    The daemon belongs to a session of its own and outlives this process; its log is
+    ``<path>.log``.
+
+    Raises:
+        DaemonUnavailableError: it did not come up; the log says why.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    lock = os.open(path + ".start", flags, 0o600)
+    log_fd = os.open(path + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here and then find it running
+        if not is_serving(path):
+            _run_daemon(path, log_fd, env)
+    finally:
+        os.close(log_fd)
+        os.close(lock)
+
+
+def _run_daemon(path: str, log_fd: int, env: Mapping[str, str]) -> None:
+    command = [sys.executable, "-m", "ckptd.daemon", path]
+    log.info("starting a daemon on %s", path)
+    try:
+        # The child comes back once its own child listens, so no zombie is left to this process.
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd="/",
+            env={**env, "CKPTD_FAILPOINTS": ""}, start_new_session=True, close_fds=True,
+            timeout=START_TIMEOUT_S, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise DaemonUnavailableError(f"no daemon could be started: {error}") from error
+    if done.returncode != 0:
+        raise DaemonUnavailableError(
+            f"the daemon ended with code {done.returncode}; its log is {path}.log"
+        )

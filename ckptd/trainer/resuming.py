@@ -1,0 +1,225 @@
+"""One decision for all ranks: which checkpoint, and whether it came back whole.
+
+Rank 0 proposes checkpoints from the newest of the line on. For each, all ranks first check that it
+fits (nothing is changed by that), then all fill their objects, then all say how it went. Damage
+anywhere sends everyone to the next older checkpoint, which overwrites everything again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from ckptd import errors
+from ckptd.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CkptdError,
+    CorruptError,
+    LayoutError,
+    StoreError,
+    TornRestoreError,
+)
+from ckptd.model.keys import StepId
+from ckptd.model.manifest import Manifest
+from ckptd.pipeline.catalog import find, line, read_manifest
+from ckptd.pipeline.recover import commit_whole_steps
+from ckptd.store.base import Store
+from ckptd.store.open import open_store
+from ckptd.trainer.filling import Filling, Request
+from ckptd.trainer.meeting import Meeting
+from ckptd.trainer.options import Options
+
+log = logging.getLogger("ckptd.trainer")
+
+
+class Resumed(NamedTuple):
+    """What was restored.
+
+    `values` are the entries of the state that are plain values, as they were saved. `source` says
+    where the bytes came from: ``store``. With ``strict=False``, `missing` are names that the state
+    wanted and the checkpoint did not hold; `unused` are names that it held and nobody wanted.
+    `surplus` lists, on every rank, what ranks of the old world kept for themselves and nobody took
+    over, as ``name@rank``.
+    """
+
+    step: int
+    attempt: int
+    metrics: dict[str, float]
+    values: dict[str, Any]
+    source: Literal["store"]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    surplus: tuple[str, ...]
+
+
+class _Proposal(msgspec.Struct):
+    """Rank 0's next checkpoint; `id` is None when there is none left, or when it failed to look."""
+
+    id: str | None = None
+    kind: str = ""
+    reason: str = ""
+
+
+class _Report(msgspec.Struct):
+    """How one phase went on one rank."""
+
+    state: Literal["good", "damaged", "bad"] = "good"
+    kind: str = ""
+    reason: str = ""
+    fqn: str = ""
+
+
+class Resuming:
+    """Resumes one job; all ranks call `run` alike."""
+
+    def __init__(self, options: Options, meeting: Meeting) -> None:
+        self._options = options
+        self._meeting = meeting
+        self._runs = 0
+
+    def run(
+        self, state: Mapping[str, object], *, step: int | None, strict: bool, rename: Any,
+        map_location: Any,
+    ) -> Resumed | None:  # fmt: skip
+        """See `Checkpointer.resume`."""
+        self._runs += 1
+        request = Request(
+            state, strict, rename, map_location, self._meeting.rank, self._meeting.world_size
+        )
+        store = open_store(self._options.url, self._options.storage_options)
+        try:
+            return self._run(store, request, step)
+        finally:
+            store.close()
+
+    def _run(self, store: Store, request: Request, step: int | None) -> Resumed | None:
+        candidates = _candidates(store, step) if self._meeting.rank == 0 else iter(())
+        damages: list[str] = []
+        is_torn = False
+        turn = 0
+        while True:
+            turn += 1
+            id_ = self._agree_on(candidates, turn)
+            if id_ is None:
+                _none_left(damages, is_torn=is_torn)
+                return None
+            filling = Filling(store, request)
+            problem = self._phase(f"{turn}/check", lambda f=filling, i=id_: f.check(i))
+            if problem is None:
+                is_torn = True
+                problem = self._phase(f"{turn}/fill", filling.fill)
+            if problem is None:
+                self._phase(f"{turn}/finish", filling.finish)
+                return filling.resumed()
+            damages.append(problem)
+            log.error(
+                "checkpoint %s is NOT WHOLE, going back to the one before: %s", id_.short, problem
+            )
+
+    def _agree_on(self, candidates: Iterator[StepId], turn: int) -> StepId | None:
+        topic = f"resume/{self._runs}/{turn}"
+        if self._meeting.rank == 0:
+            proposal = _propose(candidates)
+            self._meeting.announce(topic, msgspec.json.encode(proposal))
+        else:
+            answer = self._meeting.hear(topic, self._options.meeting_timeout_s)
+            proposal = msgspec.json.decode(answer, type=_Proposal)
+        if proposal.kind:
+            raise _error(proposal.kind, f"rank 0 could not look: {proposal.reason}")
+        return StepId.parse(proposal.id) if proposal.id is not None else None
+
+    def _phase(self, name: str, work: Any) -> str | None:
+        """Do something on every rank; return what is damaged, raise what else went wrong."""
+        error: CkptdError | None = None
+        try:
+            work()
+        except CkptdError as caught:
+            error = caught
+        except Exception as caught:  # noqa: BLE001 - the other ranks must not wait for this one
+            error = TornRestoreError(f"restoring failed in the middle: {caught!r}")
+            error.__cause__ = caught
+        report = _report(error)
+        answers = self._meeting.gather(
+            f"resume/{self._runs}/{name}",
+            msgspec.json.encode(report),
+            self._options.meeting_timeout_s,
+        )
+        reports = [msgspec.json.decode(answer, type=_Report) for answer in answers]
+        if report.state == "bad":
+            assert error is not None
+            raise error
+        for rank, other in enumerate(reports):
+            if other.state == "bad":
+                raise _error(other.kind, f"rank {rank}: {other.reason}", other.fqn)
+        damaged = [f"rank {r}: {o.reason}" for r, o in enumerate(reports) if o.state == "damaged"]
+        return "; ".join(damaged) or None
+
+
+def _candidates(store: Store, step: int | None) -> Iterator[StepId]:
+    """Yield the checkpoints to try: the newest of the line, then back; or from `step` back."""
+    commit_whole_steps(store)
+    if step is not None:
+        first = find(store, step).id
+        yield first
+        yield from _before(store, read_manifest(store, first))
+        return
+    yield from (manifest.id for manifest in line(store))
+
+
+def _before(store: Store, manifest: Manifest) -> Iterator[StepId]:
+    while manifest.previous is not None:
+        id_ = StepId.parse(manifest.previous)
+        yield id_
+        try:
+            manifest = read_manifest(store, id_)
+        except CheckpointNotFoundError:
+            return
+
+
+def _propose(candidates: Iterator[StepId]) -> _Proposal:
+    try:
+        id_ = next(candidates, None)
+    except CkptdError as error:
+        return _Proposal(kind=type(error).__name__, reason=str(error))
+    return _Proposal(id=str(id_) if id_ is not None else None)
+
+
+def _none_left(damages: list[str], *, is_torn: bool) -> None:
+    if is_torn and damages:
+        raise TornRestoreError(
+            "no whole checkpoint is left and the live objects were changed half: do not use them, "
+            "start the process again. " + " | ".join(damages)
+        )
+    if damages:
+        raise CorruptError(
+            "there are checkpoints but none is whole; to start anew, use another root. "
+            + " | ".join(damages)
+        )
+
+
+def _report(error: CkptdError | None) -> _Report:
+    if error is None:
+        return _Report()
+    state: Literal["damaged", "bad"] = "bad"
+    if isinstance(error, (CorruptError, CheckpointNotFoundError)):
+        state = "damaged"
+    fqn = error.fqn if isinstance(error, LayoutError) else ""
+    return _Report(state, type(error).__name__, str(error), fqn)
+
+
+def _error(kind: str, reason: str, fqn: str = "") -> CkptdError:
+    """Rebuild an error that another rank met."""
+    found = getattr(errors, kind, None)
+    if not (isinstance(found, type) and issubclass(found, CkptdError)):
+        return CkptdError(reason)
+    if issubclass(found, StoreError):
+        return found("", reason)
+    if issubclass(found, LayoutError):
+        return found(reason, fqn=fqn)
+    if issubclass(found, CorruptError) or not issubclass(found, CheckpointError):
+        return found(reason)
+    return found(reason) if found is not errors.IncompleteError else CheckpointError(reason)

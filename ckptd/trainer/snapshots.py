@@ -1,0 +1,174 @@
+"""The slots of one rank, and the copies into them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ckptd.model.columns import Columns
+from ckptd.model.tensor import Layout
+from ckptd.plan.pack import Packed, pack
+from ckptd.plan.split import Share
+from ckptd.shm.arena import Arena
+from ckptd.shm.memory import available_bytes, choose_slots
+from ckptd.shm.slots import SLOT_HEADER_BYTES, Slot, SlotPool
+from ckptd.trainer.capture import Destination
+from ckptd.trainer.flatten import Leaf
+from ckptd.wire.messages import ChunkPlan, Recipe
+
+log = logging.getLogger("ckptd.trainer")
+
+
+class Cut(NamedTuple):
+    """What this rank writes under one layout and plan, and where it lies in a slot."""
+
+    recipe: Recipe
+    packed: Packed
+    layout: Layout
+
+
+class Captured(NamedTuple):
+    """A whole snapshot in a slot of a pool, which gets the slot back once it is durable."""
+
+    arena_number: int
+    arena: Arena
+    pool: SlotPool
+    slot: Slot
+    generation: int
+    bytes: int
+
+
+@dataclass
+class _Shelf:
+    """An arena, its free slots, and the destinations laid over them."""
+
+    number: int
+    arena: Arena
+    pool: SlotPool
+    destinations: dict[tuple[int, int], Destination] = field(default_factory=dict)
+
+
+class Snapshots:
+    """Reserves slots, and fills one per save.
+
+    `cut` and `capture` belong to the training thread; `reserve` may also run on a thread that
+    prepares the first save.
+    """
+
+    def __init__(
+        self, *, slots: int | Literal["auto"], local_ranks: int, is_shared: bool, chunk_bytes: int
+    ) -> None:  # fmt: skip
+        self._slots: int | Literal["auto"] = slots
+        self._local_ranks = local_ranks
+        self._is_shared = is_shared
+        self._chunk_bytes = chunk_bytes
+        self._cuts: dict[tuple[str, str | None], Cut] = {}
+        self._next_recipe = 1
+        self._shelf: _Shelf | None = None
+        self._retired: list[_Shelf] = []
+        self._lock = threading.Lock()  # guards _shelf and _retired
+        self._is_closed = False
+
+    def cut(self, layout: Layout, digest: str, plan: str | None, share: Share) -> Cut:
+        """Return what to write under this layout and plan; made once, then remembered."""
+        key = (digest, plan)
+        if key not in self._cuts:
+            while len(self._cuts) >= 4:
+                del self._cuts[next(iter(self._cuts))]
+            self._cuts[key] = self._new_cut(layout, digest, plan, share)
+        return self._cuts[key]
+
+    def slot_bytes(self, layout: Layout, share: Share) -> int:
+        """Return the size of a slot for this share of a layout."""
+        return pack(
+            layout, share, chunk_bytes=self._chunk_bytes, header_bytes=SLOT_HEADER_BYTES
+        ).slot_bytes
+
+    def reserve(self, slot_bytes: int, *, is_faulted: bool = False) -> None:
+        """Make sure that slots of at least this size are there.
+
+        With `is_faulted` their pages are mapped too before this returns, so that the first copy
+        costs what later ones do.
+
+        Raises:
+            ConfigError: the memory is not there; the message has the figures.
+        """
+        with self._lock:
+            if self._is_closed or (self._shelf and self._shelf.arena.slot_bytes >= slot_bytes):
+                return
+            self._tidy()
+            number = self._shelf.number + 1 if self._shelf else 1
+            count = choose_slots(slot_bytes, self._slots, self._local_ranks, available_bytes())
+            arena = Arena.create(count, slot_bytes, is_shared=self._is_shared)
+            if self._shelf is not None:
+                self._retired.append(self._shelf)
+            pool = SlotPool([arena.slot(i) for i in range(count)])
+            self._shelf = _Shelf(number, arena, pool)
+        log.info("reserved %d slots of %d bytes", count, slot_bytes)
+        if is_faulted:
+            arena.prefault(lambda: self._is_closed)
+
+    def capture(
+        self, cut: Cut, leaves: Sequence[Leaf], *, step: int, sequence: int, timeout_s: float
+    ) -> Captured | None:
+        """Copy the state into a free slot; None if no slot got free in time.
+
+        Raises:
+            ConfigError: there is no memory for the slots.
+        """
+        self.reserve(cut.packed.slot_bytes)
+        shelf = self._shelf
+        assert shelf is not None
+        slot = shelf.pool.acquire(timeout_s)
+        if slot is None:
+            return None
+        try:
+            generation = slot.begin(step, sequence)
+            count = self._destination(shelf, slot, cut).copy(leaves)
+            slot.finish()
+        except BaseException:
+            slot.abandon()
+            shelf.pool.release(slot)
+            raise
+        return Captured(shelf.number, shelf.arena, shelf.pool, slot, generation, count)
+
+    def close(self) -> None:
+        """Let go of all slots. Not while a snapshot still has to be handed off."""
+        with self._lock:
+            self._is_closed = True
+            shelves = [*self._retired, *([self._shelf] if self._shelf else [])]
+            self._retired, self._shelf = [], None
+        for shelf in shelves:
+            shelf.destinations.clear()
+            shelf.arena.close()
+
+    def _new_cut(self, layout: Layout, digest: str, plan: str | None, share: Share) -> Cut:
+        packed = pack(layout, share, chunk_bytes=self._chunk_bytes, header_bytes=SLOT_HEADER_BYTES)
+        recipe = Recipe(
+            recipe=self._next_recipe, plan=plan, layout=digest, tensors=packed.tensors,
+            aliases=packed.aliases, pieces=Columns.pack(packed.pieces),
+            chunks=tuple(ChunkPlan(c.dtype, c.offset_bytes, c.raw_bytes) for c in packed.chunks),
+        )  # fmt: skip
+        self._next_recipe += 1
+        return Cut(recipe, packed, layout)
+
+    def _destination(self, shelf: _Shelf, slot: Slot, cut: Cut) -> Destination:
+        key = (slot.index, cut.recipe.recipe)
+        if key not in shelf.destinations:
+            for old in [k for k in shelf.destinations if k[0] == slot.index]:
+                del shelf.destinations[old]
+            shelf.destinations[key] = Destination(
+                slot.view, cut.layout.held, cut.packed.chunks, cut.packed.pieces
+            )
+        return shelf.destinations[key]
+
+    def _tidy(self) -> None:
+        """Close retired arenas all of whose slots came back. The lock is held."""
+        for shelf in list(self._retired):
+            if shelf.pool.free_count == shelf.arena.slots:
+                self._retired.remove(shelf)
+                shelf.destinations.clear()
+                shelf.arena.close()
