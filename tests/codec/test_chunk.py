@@ -145,14 +145,36 @@ def test_integers_are_stored_as_zstd():
     assert codecs_of(stored, "int64", len(raw), encoded.hash) == [ZSTD]
 
 
-def test_a_sample_that_misleads_costs_nothing():
-    # The sampled runs are zeros, the rest is noise that does not shrink: the block falls back.
-    raw = bytearray(noise(BLOCK_BYTES))
-    for run in range(4):
-        raw[run * BLOCK_BYTES // 4 : run * BLOCK_BYTES // 4 + 2048] = bytes(2048)
+@pytest.mark.parametrize("looks", ["zeros", "weights"])
+def test_a_sample_that_misleads_costs_nothing(looks):
+    raw = bytearray(noise(BLOCK_BYTES))  # all but the runs that are sampled
+    for at in range(0, BLOCK_BYTES, BLOCK_BYTES // 4):
+        raw[at : at + 2048] = bytes(2048) if looks == "zeros" else weights("float32", 2048)
     encoded, stored = store(bytes(raw), "float32")
-    assert len(stored) <= stored_bound(len(raw))
+    assert codecs_of(stored, "float32", len(raw), encoded.hash) == [RAW]
     assert load(stored, "float32", len(raw), encoded.hash) == bytes(raw)
+
+
+def test_small_savings_are_taken_only_where_asked_for():
+    raw = np.random.default_rng(2).integers(0, 222, BLOCK_BYTES, dtype=np.uint8).tobytes()
+    for mode, codec in (("auto", RAW), ("zstd", ZSTD), ("none", RAW)):
+        encoded, stored = store(raw, "uint8", mode)
+        assert codecs_of(stored, "uint8", len(raw), encoded.hash) == [codec]
+
+
+def test_a_block_of_another_length_than_the_header_says_is_refused():
+    raw = weights("float32", 2048)
+    encoded, stored = store(raw, "float32")
+    header = read_header(stored, hash=encoded.hash, dtype="float32", raw_bytes=2048)
+    part, out = stored[header.blocks[0].stored_offset :], memoryview(bytearray(2048))
+    longer = header.blocks[0]._replace(stored_bytes=len(part) + 1)
+    lying = chunks.Header("float32", 2048, (longer,), encoded.hash)
+    DECODER.decode_block(header, 0, part, out)
+    for bad_header, bad in ((header, part + b"\0"), (header, part[:-1]), (lying, part)):
+        with pytest.raises(CorruptError, match="bytes"):
+            DECODER.decode_block(bad_header, 0, bad, out)
+    with pytest.raises(ValueError, match="for a block"):
+        DECODER.decode_block(header, 0, part, out[:-1])
 
 
 def test_the_hash_names_the_content_and_not_the_codec():

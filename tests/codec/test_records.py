@@ -237,8 +237,13 @@ def a_zip() -> bytes:
 
 
 def giant_frame(size: int) -> bytes:
-    """Thirteen bytes that state `size` bytes of content."""
+    """Thirteen bytes that state `size` bytes of content, and so much for a window."""
     return b"\x28\xb5\x2f\xfd\xe0" + struct.pack("<Q", size)
+
+
+def giant_modest_frame(size: int) -> bytes:
+    """Fourteen bytes that state `size` bytes of content and a window of 1 KiB."""
+    return b"\x28\xb5\x2f\xfd\xc0\0" + struct.pack("<Q", size)
 
 
 def wide_frame(plain: bytes) -> bytes:
@@ -260,6 +265,7 @@ HOSTILE_FRAMES = {
     "bomb": frame(b" " * (300 * MIB)),
     "13 bytes": giant_frame(1 << 62),
     "13 bytes within the limit": giant_frame(200 * MIB),
+    "14 bytes within the limit": giant_modest_frame(200 * MIB),
     "13 bytes of unknown size": giant_frame((1 << 64) - 1),
     "unknown size": frame(VALID, write_content_size=False),
     "wide window": wide_frame(VALID),
@@ -339,11 +345,22 @@ def test_s2_the_limit_holds_for_json_and_for_what_a_frame_states():
             decode_record(data, ANY_RANK, key=KEY, max_bytes=len(VALID) - 1)
 
 
+def test_s2_values_are_counted_before_they_are_parsed():
+    with pytest.raises(CorruptError, match="more than 16777216 values"):
+        decode_record(HOSTILE["too many values"], ANY_RANK, key=KEY)
+
+
 def test_s2_s3_a_frame_that_only_claims_is_never_allocated():
     large = frame(b"0" * (8 * MIB))
     tracemalloc.start()
     try:
-        for name in ("bomb", "13 bytes", "13 bytes within the limit", "13 bytes of unknown size"):
+        for name in (
+            "bomb",
+            "13 bytes",
+            "13 bytes within the limit",
+            "14 bytes within the limit",
+            "13 bytes of unknown size",
+        ):
             with pytest.raises(CorruptError):
                 decode_record(HOSTILE[name], ANY_RANK, key=KEY)
         with pytest.raises(CorruptError):
