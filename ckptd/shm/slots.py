@@ -94,7 +94,7 @@ class Slot:
         If it was whole already when reading began, everything read since then belongs to it.
         """
         _fence()
-        return True
+        return self._words[_WORD_AT] == _pack(generation, WHOLE)
 
     @property
     def is_whole(self) -> bool:
