@@ -23,7 +23,9 @@ from ckptd.trainer.rounds import (
 class Job:
     """Ranks that share a board, one effect of one rank at a time."""
 
-    def __init__(self, world_size):
+    def __init__(self, world_size, bad_rounds=()):
+        self.bad_rounds = bad_rounds
+        self.failed = set()
         self.world_size = world_size
         self.board = {}
         self.states = [AgreementState() for _ in range(world_size)]
@@ -71,6 +73,10 @@ class Job:
             case Compute(round_):
                 offers = self.all_of("offer", round_)
                 assert offers is not None, "an offer was withdrawn while a rank could read it"
+                if round_ in self.bad_rounds:
+                    self.failed.add((round_, rank))
+                    queue.extend(state.on_failed(round_))
+                    return True
                 # The round stands in the plan, so that equal layouts of two rounds tell apart.
                 queue.extend(state.on_planned(round_, "|".join([str(round_), *offers])))
             case AskSeen(round_):
@@ -106,11 +112,16 @@ MOVES = st.one_of(
 
 
 @settings(max_examples=400, deadline=None)
-@given(world_size=st.integers(2, 3), prepared=st.integers(0, 7), moves=st.lists(MOVES, max_size=60))
+@given(
+    world_size=st.integers(2, 3),
+    prepared=st.integers(0, 7),
+    bad_rounds=st.sets(st.integers(0, 6), max_size=2),
+    moves=st.lists(MOVES, max_size=60),
+)
 def test_plan_users_agree_at_each_save_and_stable_layouts_end_on_one_plan(
-    world_size, prepared, moves
+    world_size, prepared, bad_rounds, moves
 ):
-    job = Job(world_size)
+    job = Job(world_size, bad_rounds)
     layouts = [0] * world_size
     for rank in range(world_size):
         if prepared >> rank & 1:
@@ -129,7 +140,7 @@ def test_plan_users_agree_at_each_save_and_stable_layouts_end_on_one_plan(
     while len(set(job.sequences)) > 1:  # the ranks save the same steps in the end
         rank = job.sequences.index(min(job.sequences))
         job.save(rank, layouts[rank])
-    for _ in range(5):
+    for _ in range(12):
         job.settle()
         job.save_everywhere(layouts)
     job.check_one_plan()
@@ -211,6 +222,22 @@ def test_rounds_that_no_rank_would_adopt_are_withdrawn():
         job.save(1, "a", may_offer=sequence == 3)
         job.settle()
     assert {key[1] for key in job.board if key[0] != "floor"} == {3}
+
+
+def test_every_rank_finds_a_failure_by_itself():
+    job = Job(3, bad_rounds={1})
+    job.save_everywhere("aaa")
+    for rank in range(3):  # each rank only publishes
+        while job.step(rank):
+            pass
+    for rank in range(3):  # then each looks for as long as it finds anything
+        for _ in range(3):
+            job.settle([rank])
+    assert job.failed == {(1, 0), (1, 1), (1, 2)}
+    for _ in range(2):
+        job.save_everywhere("aaa")
+        job.settle()
+    assert set(job.used[3].values()) == {"2|a@0|a@1|a@2"}
 
 
 def test_plans_that_differ_are_never_in_force():
