@@ -56,50 +56,79 @@ def test_what_one_side_writes_the_other_reads() -> None:
         del written, read
 
 
+@contextmanager
+def child_with(arena: Arena, script: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a script that has the arena's descriptor and slot size as arguments; end it after."""
+    fd = arena.fileno()
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), str(fd), str(arena.slot_bytes)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[fd],
+    )  # fmt: skip
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def answer(child: subprocess.Popen[str]) -> str:
+    """Let the child go on, and return the line that it says next."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write("\n")
+    child.stdin.flush()
+    return child.stdout.readline().strip()
+
+
 def test_a_writer_in_another_process_is_seen() -> None:
     script = """
-        import os, sys
-        from ckptd.shm.arena import Arena
-        fd, slots, slot_bytes = map(int, sys.argv[1:])
-        import mmap
+        import mmap, sys
         from ckptd.shm.slots import Slot
-        memory = mmap.mmap(fd, slots * slot_bytes)
-        slot = Slot(1, memoryview(memory)[slot_bytes:2 * slot_bytes])
+        fd, slot_bytes = map(int, sys.argv[1:])
+        slot = Slot(1, memoryview(mmap.mmap(fd, 2 * slot_bytes))[slot_bytes:])
+        input()
         generation = slot.begin(42, 7)
         slot.payload[:] = b"\\x5a" * len(slot.payload)
         print(generation, flush=True)
-        sys.stdin.readline()
+        input()
         slot.finish()
         print("whole", flush=True)
-        sys.stdin.readline()
+        input()
         slot.begin(43, 8)
         print("moved on", flush=True)
     """
-    with Arena.create(2, SLOT) as arena:
-        child = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(arena.fileno()), "2", str(SLOT)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, pass_fds=[arena.fileno()],
-        )  # fmt: skip
-        assert child.stdout is not None
-        assert child.stdin is not None
+    with Arena.create(2, SLOT) as arena, child_with(arena, script) as child:
         slot = arena.slot(1)
-        generation = int(child.stdout.readline())
+        generation = int(answer(child))
         assert slot.read_header().step == 42
         assert not slot.is_current(generation)
-        child.stdin.write("\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == "whole\n"
+        assert answer(child) == "whole"
         assert slot.payload.tobytes() == b"\x5a" * len(slot.payload)
         assert slot.is_current(generation)
-        child.stdin.write("\n")
-        child.stdin.flush()
-        assert child.stdout.readline() == "moved on\n"
+        assert answer(child) == "moved on"
         assert not slot.is_current(generation)
-        child.communicate()
         del slot
 
 
-def test_a_torn_copy_is_always_noticed() -> None:
+def test_p5_a_slot_that_moves_on_during_a_copy_is_noticed() -> None:
+    with Arena.create(1, SLOT) as mine, adopt_copy(mine) as theirs:
+        writer, reader = mine.slot(0), theirs.slot(0)
+        generation = writer.begin(1, 1)
+        writer.payload[:] = b"a" * len(writer.payload)
+        writer.finish()
+        half = len(reader.payload) // 2
+        copy = reader.payload[:half].tobytes()
+        writer.begin(2, 2)
+        writer.payload[:] = b"b" * len(writer.payload)
+        assert not reader.is_current(generation)
+        writer.finish()
+        copy += reader.payload[half:].tobytes()
+        assert set(copy) == set(b"ab")
+        assert not reader.is_current(generation)
+        del writer, reader
+
+
+def test_no_copy_that_passes_the_check_is_torn() -> None:
     script = """
         import mmap, sys
         from ckptd.shm.slots import Slot
@@ -114,24 +143,16 @@ def test_a_torn_copy_is_always_noticed() -> None:
             slot.finish()
             sum(range(20_000))  # so that a reader sees it whole at times
     """
-    size = 4 * SLOT
-    with Arena.create(1, size) as arena:
-        fd = arena.fileno()
-        child = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), str(fd), str(size)], pass_fds=[fd]
-        )
+    with Arena.create(1, 4 * SLOT) as arena, child_with(arena, script) as child:
         slot = arena.slot(0)
-        while not slot.is_whole:
-            assert child.poll() is None
         whole = 0
         while whole < 20:
+            assert child.poll() is None
             header = slot.read_header()
             copy = slot.payload.tobytes()
             if header.state == WHOLE and slot.is_current(header.generation):
                 whole += 1
                 assert copy == bytes([header.step % 251]) * len(copy)
-        child.kill()
-        child.wait()
         del slot
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def served(place: Path) -> Iterator[str]:
     address.unlisten(path, listener)
 
 
-def start_daemon(path: str) -> subprocess.Popen[str]:
+@contextmanager
+def daemon_process(path: str) -> Iterator[subprocess.Popen[str]]:
     script = """
         import sys
         from ckptd.wire import address
@@ -42,10 +44,20 @@ def start_daemon(path: str) -> subprocess.Popen[str]:
         print("ready", flush=True)
         sys.stdin.read()
     """
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script), path],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def is_ready(process: subprocess.Popen[str]) -> bool:
+    assert process.stdout is not None
+    return process.stdout.readline() == "ready\n"
 
 
 # --- the directory -----------------------------------------------------------------------------
@@ -189,25 +201,19 @@ def test_p5_a_living_daemon_whose_lock_file_was_cleaned_away_is_not_replaced(ser
 
 def test_l9_of_two_processes_one_serves(place: Path) -> None:
     path = str(place / "d.sock")
-    first = start_daemon(path)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "ready\n"
-    second = start_daemon(path)
-    out, err = second.communicate(timeout=30)
-    assert out == ""
-    assert "AlreadyServingError" in err
-    assert address.is_serving(path)
-    first.kill()
-    first.communicate()
+    with daemon_process(path) as first:
+        assert is_ready(first)
+        with daemon_process(path) as second:
+            assert not is_ready(second)
+            assert second.stderr is not None
+            assert "AlreadyServingError" in second.stderr.read()
+        assert address.is_serving(path)
 
 
 def test_l10_a_killed_daemons_socket_is_recovered(place: Path) -> None:
     path = str(place / "d.sock")
-    first = start_daemon(path)
-    assert first.stdout is not None
-    assert first.stdout.readline() == "ready\n"
-    first.kill()
-    first.communicate()
+    with daemon_process(path) as first:  # which kill -9 ends
+        assert is_ready(first)
     assert os.path.exists(path)
     assert not address.is_serving(path)
     with pytest.raises(DaemonUnavailableError):
