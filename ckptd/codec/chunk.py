@@ -46,6 +46,7 @@ __all__ = [
     "Encoder",
     "Header",
     "Mode",
+    "block_count",
     "header_bytes",
     "read_header",
     "stored_bound",
