@@ -222,15 +222,23 @@ class Collector:
         self.kinds: list[Kind | torch.Tensor] = []
 
     def put(self, fqn: str, tensor: torch.Tensor, kind: Kind | torch.Tensor) -> None:
+        """Take a tensor under its whole name."""
         self.fqns.append(fqn)
         self.tensors.append(tensor)
         self.kinds.append(kind)
 
     def add(self, fqn: str, tensor: torch.Tensor) -> Tree:
+        """Take a tensor that was found inside of a value."""
         self.put(fqn, tensor, "other")
         return {"$tensor": fqn}
 
     def freeze(self, values: dict[str, Tree], previous: Flat | None) -> Flat:
+        """Return all that was taken; most of it from `previous` if nothing has changed since.
+
+        Raises:
+            LayoutError: two tensors have one name.
+            UnsupportedValueError: a tensor has no stored form.
+        """
         if previous is not None and self._is_as(previous):
             return previous._replace(values=values)
         order = sorted(range(len(self.fqns)), key=self.fqns.__getitem__)

@@ -134,6 +134,9 @@ def collect(
                 k: encode(f"{where}.{k}", v) for k, v in group.items() if k not in _NOT_OPTIONS
             }
             tree["groups"].append({"params": params, "options": options})
+            idle = [f for f, p in zip(params, group["params"], strict=True) if not held.get(p)]
+            if idle and held:
+                tree["groups"][-1]["idle"] = idle
         for owner, state in held.items():
             if isinstance(owner, torch.Tensor):
                 fqn = _named(path, owner, names, "its state")

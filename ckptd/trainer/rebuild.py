@@ -1,0 +1,320 @@
+"""From a checkpoint back into a live state, in two phases: compare all, then write.
+
+::
+
+    plan = Restorer(state, strict=True).wanted(tensors, aliases, values)   # raises, or nothing will
+    for i, target in enumerate(plan.targets):
+        plan.write(i, box, raw)                                            # any thread, any order
+    resumed_values = plan.finish()
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from ckptd.errors import CorruptError, MissingTensorError
+from ckptd.model.box import Box
+from ckptd.model.manifest import Tree
+from ckptd.model.tensor import Tensor
+from ckptd.trainer import rng
+from ckptd.trainer.flatten import Part, Survey, is_stateful, survey
+from ckptd.trainer.moments import Moments
+from ckptd.trainer.stored import MapLocation, Rename, Stored, is_module, is_optimizer
+from ckptd.trainer.targets import Target, Targets, write_box
+from ckptd.trainer.values import MAX_DEPTH, PerRank, decode_value, tensor_names
+
+
+class _Late(NamedTuple):
+    """Keys of a module that are no live tensors: they go through its ``load_state_dict``."""
+
+    module: torch.nn.Module
+    fqns: dict[str, str]
+    tensors: dict[str, torch.Tensor]
+
+
+class Restorer:
+    """Compares a live state with checkpoints. Changes nothing by itself.
+
+    The state names what is wanted; what a checkpoint holds beyond it is unused.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, object],
+        *,
+        strict: bool = True,
+        rename: Rename | None = None,
+        map_location: MapLocation = None,
+        trust_pickle: bool = False,
+    ) -> None:
+        """Take a state.
+
+        Args:
+            state: as for `flatten`; kept, and changed by `RestorePlan.finish` if it is mutable.
+            strict: what is wanted and not there raises, instead of being listed in ``missing``.
+            rename: see `Stored`.
+            map_location: where tensors go that the state does not hold yet, as in ``torch.load``.
+            trust_pickle: open stored pickles, which can run any code.
+        """
+        self._state = state
+        self._strict = strict
+        self._rename = rename
+        self._map_location = map_location
+        self._trust_pickle = trust_pickle
+
+    def wanted(
+        self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], values: Mapping[str, Tree]
+    ) -> RestorePlan:
+        """Compare with a checkpoint: its tensor table, its aliases, and this rank's values.
+
+        May be called again, for another checkpoint.
+
+        Raises:
+            MissingTensorError: something is not there, and `strict` is set.
+            ShapeMismatchError: a tensor has another shape or dtype.
+            LayoutError: the state and the checkpoint do not fit in another way.
+            CorruptError: a value is not in the form of values.
+        """
+        stored = Stored(tensors, aliases, values, self._rename)
+        targets = Targets(stored, self._map_location, strict=self._strict)
+        plan = RestorePlan(self._state, stored, targets, trust_pickle=self._trust_pickle)
+        plan.compare(survey(self._state))
+        if plan.missing and self._strict:
+            shown = ", ".join(plan.missing[:5])
+            more = f" and {len(plan.missing) - 5} more" if len(plan.missing) > 5 else ""
+            raise MissingTensorError(
+                f"the checkpoint does not hold {shown}{more}; strict=False leaves them as they are",
+                fqn=plan.missing[0],
+            )
+        return plan
+
+
+class RestorePlan:
+    """What to read, and where it goes. Made by `Restorer.wanted`.
+
+    Attributes:
+        missing: names of the state that the checkpoint does not hold; these are left as they are.
+        unused: names of tensors and values of the checkpoint that the state does not want.
+    """
+
+    def __init__(
+        self,
+        state: Mapping[str, object],
+        stored: Stored,
+        targets: Targets,
+        *,
+        trust_pickle: bool,
+    ) -> None:
+        self._state = state
+        self._stored = stored
+        self._values = stored.values
+        self._targets = targets
+        self._trust_pickle = trust_pickle
+        self._parts: list[Part] = []
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {}  # by entry, what its value refers to
+        self._moments: dict[str, Moments] = {}
+        self._late: list[_Late] = []
+        self._decoded: dict[str, Any] = {}
+        self._extra: dict[str, Any] = {}
+
+    @property
+    def targets(self) -> list[Target]:
+        """The tensors to fill, by place; each whole."""
+        return self._targets.rows
+
+    @property
+    def missing(self) -> list[str]:
+        """Names of the state that the checkpoint does not hold."""
+        return self._targets.missing
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of tensors and values of the checkpoint that the state does not want."""
+        names = [fqn for fqn in self._stored.tensors if fqn not in self._targets.used]
+        return sorted(names) + sorted(self._stored.values.keys() - self._state.keys())
+
+    def write(self, i: int, box: Box, raw: memoryview | bytes | bytearray) -> None:
+        """Copy verified bytes (row-major) into a box of target `i`.
+
+        From any thread; boxes that are written at once must not overlap. `raw` is not kept.
+
+        Raises:
+            ValueError: the box is not in the tensor, or `raw` is not its bytes.
+        """
+        write_box(self._targets.rows[i].tensor, box, raw)
+
+    # --- comparing -------------------------------------------------------------------------
+
+    def compare(self, surveyed: Survey) -> None:
+        """Find a source for all that the state wants. Writes nothing; called by `Restorer` once."""
+        self._parts = surveyed.parts
+        named: list[tuple[str, torch.Tensor]] = []
+        for part in surveyed.parts:
+            if part.role == "module":
+                for held in surveyed.modules[part.name]:
+                    named += self._compare_module(held)
+            elif part.role == "plain":
+                named += self._compare_plain(part)
+            elif part.role != "optimizer":
+                self._compare_value(part.name, {})
+        self._targets.in_place(named)
+        names: dict[int, list[str]] = {}
+        for fqn, tensor in named:
+            names.setdefault(id(tensor), []).append(fqn)
+        tied = {fqn: group for group in names.values() for fqn in group}
+        for part in surveyed.parts:
+            if part.role == "optimizer":
+                moments = Moments(part.name, part.live, surveyed.names)
+                self._moments[part.name] = moments
+                self._tensors[part.name] = moments.plan(
+                    self._stored, self._targets, lambda fqn: [fqn, *tied.get(fqn, [])]
+                )
+        self._decode()
+
+    def _compare_module(self, held: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        live = held.live_ids()
+        extra = self._stored.extra_states(self._values)
+        late = _Late(held.module, {}, {})
+        for fqn, key, value in zip(held.fqns, held.keys, held.values, strict=True):
+            if id(value) in live:
+                yield fqn, value
+                continue
+            row = self._stored.find(fqn)
+            if row is not None:
+                like = value.detach() if isinstance(value, torch.Tensor) else None
+                if like is None or self._targets.fits(fqn, row, tuple(like.shape), like.dtype):
+                    late.tensors[key] = self._targets.fresh(fqn, row, like=like)
+            elif fqn in extra:
+                late.fqns[key] = fqn
+                tensors = self._tensors.setdefault("", {})
+                tensors.update(self._targets.of_tree(extra[fqn], {}))
+            else:
+                self._targets.missing.append(fqn)
+        if late.fqns or late.tensors:
+            self._late.append(late)
+
+    def _compare_plain(self, part: Part) -> Iterator[tuple[str, torch.Tensor]]:
+        live = dict(_walk(part.value, part.name, 0))
+        yield from live.items()
+        if part.name in self._stored.values or not live:
+            self._compare_value(part.name, live)
+
+    def _compare_value(self, name: str, live: Mapping[str, torch.Tensor]) -> None:
+        tree = self._stored.values.get(name)
+        if name not in self._stored.values or is_optimizer(tree) or is_module(tree):
+            if not live:
+                self._targets.missing.append(name)
+            return
+        self._tensors[name] = self._targets.of_tree(tree, live)
+
+    def _decode(self) -> None:
+        values = self._values
+        for name, tensors in self._tensors.items():
+            if name in values:
+                self._decoded[name] = decode_value(
+                    values[name], tensors=tensors, trust_pickle=self._trust_pickle
+                )
+        extra = self._stored.extra_states(values)
+        for fqn in (fqn for late in self._late for fqn in late.fqns.values()):
+            self._extra[fqn] = decode_value(
+                extra[fqn], tensors=self._tensors.get("", {}), trust_pickle=self._trust_pickle
+            )
+
+    # --- writing ---------------------------------------------------------------------------
+
+    def finish(self, values: Mapping[str, Tree] | None = None) -> dict[str, Any]:
+        """Set all that is not written by `write`: call it once, after the last `write`.
+
+        Modules come first, then optimizers, schedulers, everything else, and the generators last.
+        Plain values are also assigned into the state if it is mutable. `values` replaces those that
+        `Restorer.wanted` was given, if it was not this rank's own yet.
+
+        Returns:
+            The plain values by name, those among them that the state did not ask for.
+
+        Raises:
+            CorruptError: `values` are not in the form of values.
+        """
+        if values is not None:
+            self._values = values
+            self._decode()
+        for late in self._late:
+            extra = {key: self._extra[fqn] for key, fqn in late.fqns.items()}
+            late.module.load_state_dict({**late.tensors, **extra}, strict=False)
+        for name, moments in self._moments.items():
+            if name in self._decoded:
+                self._finish_moments(moments)
+        found = self._unasked()
+        for part in sorted(self._parts, key=_order):
+            if part.name in self._decoded and part.role not in ("module", "optimizer"):
+                self._finish_part(part, self._decoded[part.name], found)
+        return found
+
+    def _finish_moments(self, moments: Moments) -> None:
+        try:
+            moments.finish(self._decoded[moments.name], self._stored.live_name)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise CorruptError(
+                f"{moments.name}: the stored value is not that of an optimizer"
+            ) from error
+
+    def _finish_part(self, part: Part, value: Any, found: dict[str, Any]) -> None:
+        if part.role == "rng":
+            rng.restore(self._values[part.name])
+            return
+        inner = value.value if isinstance(value, PerRank) else value
+        target = part.value.value if part.role == "per_rank" else part.value
+        if is_stateful(target):
+            target.load_state_dict(inner)
+            return
+        found[part.name] = inner
+        if isinstance(target, torch.Tensor) and inner is target:
+            return
+        if isinstance(target, dict) and isinstance(inner, dict):
+            _merge(target, inner)
+            found[part.name] = target
+        elif isinstance(self._state, MutableMapping):
+            self._state[part.name] = PerRank(inner) if part.role == "per_rank" else inner
+
+    def _unasked(self) -> dict[str, Any]:
+        found = {}
+        for name in self._stored.values.keys() - self._state.keys():
+            tree = self._stored.values[name]
+            if is_optimizer(tree) or is_module(tree) or any(True for _ in tensor_names(tree)):
+                continue
+            value = decode_value(tree, tensors={}, trust_pickle=self._trust_pickle)
+            found[name] = value.value if isinstance(value, PerRank) else value
+        return found
+
+
+def _order(part: Part) -> int:
+    if part.role == "rng":
+        return 2
+    return 0 if isinstance(part.value, LRScheduler) else 1
+
+
+def _walk(value: object, path: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors inside of a plain value by the names that `flatten` gives them."""
+    if isinstance(value, torch.Tensor):
+        yield path, value
+    elif depth < MAX_DEPTH:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from _walk(inner, f"{path}.{key}", depth + 1)
+        elif isinstance(value, (list, tuple, deque)):
+            for i, inner in enumerate(value):
+                yield from _walk(inner, f"{path}.{i}", depth + 1)
+
+
+def _merge(live: dict[Any, Any], value: dict[Any, Any]) -> None:
+    for key, inner in value.items():
+        held = live.get(key)
+        if isinstance(held, dict) and isinstance(inner, dict):
+            _merge(held, inner)
+        else:
+            live[key] = inner

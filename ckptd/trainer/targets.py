@@ -1,0 +1,166 @@
+"""The tensors that a restore writes into, live ones and fresh ones."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ckptd.errors import LayoutError, ShapeMismatchError
+from ckptd.model.box import Box
+from ckptd.model.manifest import Tree
+from ckptd.model.tensor import Tensor
+from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
+from ckptd.trainer.values import tensor_names
+from ckptd.trainer.wrappers import check_tensor
+
+
+class Target(NamedTuple):
+    """A tensor to fill: all of it, with what the checkpoint holds under `fqn`."""
+
+    fqn: str
+    tensor: torch.Tensor
+
+
+class Targets:
+    """Collects targets while the layouts are compared; writes nothing.
+
+    Attributes:
+        rows: the targets.
+        missing: live names that the checkpoint does not hold.
+        used: stored names that something was found for.
+    """
+
+    def __init__(self, stored: Stored, map_location: MapLocation, *, strict: bool) -> None:
+        self.strict = strict
+        self.rows: list[Target] = []
+        self.missing: list[str] = []
+        self.used: set[str] = set()
+        self._stored = stored
+        self._map_location = map_location
+        self._places: dict[str, torch.device] = {}
+
+    def in_place(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Want live tensors filled. Names of one memory are one tensor: the first found fills it.
+
+        Raises:
+            ShapeMismatchError: one has another shape or dtype in the checkpoint, if strict.
+            UnsupportedValueError: one is of a kind that cannot be filled.
+        """
+        groups: dict[object, list[tuple[str, torch.Tensor]]] = {}
+        for fqn, tensor in named:
+            check_tensor(fqn, tensor)
+            groups.setdefault(_memory(tensor), []).append((fqn, tensor))
+        for group in groups.values():
+            found = [fqn for fqn, _ in group if self._stored.find(fqn) is not None]
+            if not found:
+                self.missing.append(group[0][0])
+                continue
+            tensor = group[0][1]
+            row = self._stored.find(found[0])
+            assert row is not None
+            if not self.fits(found[0], row, tuple(tensor.shape), tensor.dtype):
+                continue
+            # Names that were tied to it in the checkpoint too have been used with it.
+            tied = [fqn for fqn in found if self._stored.find(fqn) == row]
+            self.fill(tied, row, tensor)
+
+    def fits(self, live_name: str, row: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+        """Tell whether a stored tensor fits a live one; if not, it is missing.
+
+        Raises:
+            ShapeMismatchError: it does not, and a restore is strict.
+        """
+        try:
+            check_row(live_name, row, shape, dtype)
+        except ShapeMismatchError:
+            if self.strict:
+                raise
+            self.missing.append(live_name)
+            return False
+        return True
+
+    def fill(self, live_names: Iterable[str], row: Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """Want `tensor` filled with the contents of `row`; returns `tensor`."""
+        self.used.update(self._stored.names[name] for name in live_names)
+        self.used.add(row.fqn)
+        if tensor.numel():
+            self.rows.append(Target(row.fqn, tensor))
+        return tensor
+
+    def fresh(
+        self, live_name: str, row: Tensor, *, like: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Make a tensor for `row`, in its dtype, and want it filled.
+
+        It lies on the device of `like` and in its memory format if the shapes agree, else where
+        `map_location` puts it.
+        """
+        dtype = dtype_of(row)
+        if like is not None and tuple(like.shape) == row.shape:
+            tensor = torch.empty_like(like, dtype=dtype, requires_grad=False)
+        else:
+            device = like.device if like is not None else self._place(row.device)
+            tensor = torch.empty(row.shape, dtype=dtype, device=device)
+        return self.fill([live_name], row, tensor)
+
+    def of_tree(self, tree: Tree, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a tensor for each that a stored value refers to: the live one, or a fresh one.
+
+        Raises:
+            LayoutError: the value refers to a tensor that the checkpoint does not hold.
+        """
+        found: dict[str, torch.Tensor] = {}
+        for fqn in tensor_names(tree):
+            name = self._stored.live_name(fqn)
+            row = self._stored.row(fqn)
+            if row is None:
+                raise LayoutError(
+                    f"{fqn}: a value refers to it, but it is not in the checkpoint", fqn=fqn
+                )
+            if name in live:
+                found[fqn] = live[name]
+            elif fqn not in found:
+                found[fqn] = self.fresh(name, row)
+        return found
+
+    def _place(self, device: str) -> torch.device:
+        if device not in self._places:
+            self._places[device] = place(device, self._map_location)
+        return self._places[device]
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    start = tensor.data_ptr()
+    if not start:
+        return id(tensor)
+    return (
+        start, tensor.device, tensor.dtype, tensor.shape, tensor.stride(),
+        tensor.is_conj(), tensor.is_neg(),
+    )  # fmt: skip
+
+
+def write_box(tensor: torch.Tensor, box: Box, raw: memoryview | bytes | bytearray) -> None:
+    """Copy the row-major bytes of a box into a tensor. Safe from several threads for disjoint boxes.
+
+    Raises:
+        ValueError: the box is not in the tensor, or `raw` is not its bytes.
+    """
+    if not box.is_within(tuple(tensor.shape)):
+        raise ValueError(f"box {box} outside of shape {tuple(tensor.shape)}")
+    count = math.prod(box.shape)
+    if memoryview(raw).nbytes != count * tensor.itemsize:
+        raise ValueError(f"{memoryview(raw).nbytes} bytes for box {box} of {tensor.dtype}")
+    if not count:
+        return
+    held = np.frombuffer(raw, dtype=np.uint8)
+    # torch.frombuffer warns of memory that is read-only; it is only read here, and `held` keeps it.
+    window = (ctypes.c_uint8 * held.nbytes).from_address(held.ctypes.data)
+    with torch.no_grad():
+        source = torch.frombuffer(window, dtype=tensor.dtype).reshape(box.shape)
+        tensor[box.slices((0,) * len(box.start))].copy_(source)
+    del source, window, held
