@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from ckptd.model.keys import StepId
@@ -72,7 +74,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
             previous=manifest.previous,
             bytes=manifest.raw_bytes,
             stored_bytes=manifest.stored_bytes,
-            metrics=manifest.metrics,
+            metrics={k: math.nan if v is None else v for k, v in manifest.metrics.items()},
             tensors=tuple(TensorSummary.of(tensor) for tensor in manifest.tensors),
             aliases=manifest.aliases,
             differing=manifest.differing,
