@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Annotated
 
@@ -75,8 +76,11 @@ def _cells(row: Listed, now_s: float) -> list[str]:
     ]
 
 
-def _summary(metrics: dict[str, float]) -> str:
-    shown = [f"{name}={value:.4g}" for name, value in list(metrics.items())[:_MAX_METRICS]]
+def _summary(metrics: dict[str, float | None]) -> str:
+    shown = [
+        f"{name}={math.nan if value is None else value:.4g}"
+        for name, value in list(metrics.items())[:_MAX_METRICS]
+    ]
     left = len(metrics) - len(shown)
     return " ".join(shown) + (f" +{left}" if left else "")
 

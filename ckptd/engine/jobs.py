@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from ckptd.engine.events import StepKey
@@ -93,7 +94,7 @@ class Job:
             format=FORMAT, step=handoff.step, attempt=self.attempt, rank=part.key.rank,
             world_size=self.world_size, sequence=handoff.sequence, plan=recipe.plan,
             layout=recipe.layout, previous=str(self.newest) if self.newest else None, parent=None,
-            captured_at=handoff.captured_at, metrics=handoff.metrics, tensors=recipe.tensors,
+            captured_at=handoff.captured_at, metrics={k: v if math.isfinite(v) else None for k, v in handoff.metrics.items()}, tensors=recipe.tensors,
             aliases=recipe.aliases, chunks=part.chunks, pieces=recipe.pieces,
             fingerprints=handoff.fingerprints, values=part.values,
         )  # fmt: skip

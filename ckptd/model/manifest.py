@@ -76,7 +76,7 @@ class RankManifest(
     the rank followed, None where it wrote all it holds; `layout` the digest of its own layout.
     `fingerprints` (8 bytes a tensor, only where `plan` is None) are samples of the contents of
     parameters and optimizer tensors, so that a commit can tell replicas that differ; zeros mean
-    "not sampled". `previous` is the checkpoint before this one on the line. `parent` is the
+    "not sampled". A metric that is not a finite number is None. `previous` is the checkpoint before this one on the line. `parent` is the
     committed checkpoint from which chunks are borrowed. `captured_at` is the trainer's clock, in
     seconds since 1970, for people only.
     """
@@ -92,7 +92,7 @@ class RankManifest(
     previous: str | None
     parent: str | None
     captured_at: float
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     tensors: tuple[Tensor, ...]
     aliases: dict[str, str]
     chunks: tuple[Chunk, ...]
@@ -191,7 +191,7 @@ class Manifest(
     sequence: int
     previous: str | None
     captured_at: float
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     raw_bytes: int
     stored_bytes: int
     tensors: tuple[Tensor, ...]

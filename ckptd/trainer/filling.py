@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptd.errors import LayoutError
+from ckptd.model.box import Box
+from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest, Tree
 from ckptd.pipeline.catalog import read_manifest, read_rank, read_ranks
@@ -66,8 +68,9 @@ class Filling:
             request.state, strict=request.strict, rename=request.rename,
             map_location=request.map_location,
         )  # fmt: skip
-        self._plan = restorer.plan(tensors, manifest.aliases, {**own.values, **self._values})
-        self._reads = self._plan_reads(manifest, own, self._plan.wanted)
+        self._plan = restorer.wanted(tensors, manifest.aliases, {**own.values, **self._values})
+        wanted = [Wanted(t.fqn, Box.full(tuple(t.tensor.shape))) for t in self._plan.targets]
+        self._reads = self._plan_reads(manifest, own, wanted)
 
     def fill(self) -> None:
         """Read everything into the live tensors.
@@ -95,8 +98,9 @@ class Filling:
 
         assert self._manifest is not None
         assert self._plan is not None
+        found = Checkpoint.of(self._manifest, 0.0)
         return Resumed(
-            self._manifest.step, self._manifest.attempt, self._manifest.metrics, self._restored,
+            found.step, found.attempt, found.metrics, self._restored,
             "store", tuple(self._plan.missing), tuple(self._plan.unused), self._surplus,
         )  # fmt: skip
 

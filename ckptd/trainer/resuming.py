@@ -134,14 +134,11 @@ class Resuming:
 
     def _phase(self, name: str, work: Any) -> str | None:
         """Do something on every rank; return what is damaged, raise what else went wrong."""
-        error: CkptdError | None = None
+        error: Exception | None = None
         try:
             work()
-        except CkptdError as caught:
-            error = caught
         except Exception as caught:  # noqa: BLE001 - the other ranks must not wait for this one
-            error = TornRestoreError(f"restoring failed in the middle: {caught!r}")
-            error.__cause__ = caught
+            error = caught
         report = _report(error)
         answers = self._meeting.gather(
             f"resume/{self._runs}/{name}",
@@ -201,9 +198,11 @@ def _none_left(damages: list[str], *, is_torn: bool) -> None:
         )
 
 
-def _report(error: CkptdError | None) -> _Report:
+def _report(error: Exception | None) -> _Report:
     if error is None:
         return _Report()
+    if not isinstance(error, CkptdError):
+        return _Report("bad", CkptdError.__name__, repr(error))
     state: Literal["damaged", "bad"] = "bad"
     if isinstance(error, (CorruptError, CheckpointNotFoundError)):
         state = "damaged"
