@@ -64,6 +64,15 @@ def test_ls_json_is_one_document(ckptd, root, store):
     assert rows[0]["bytes"] == read_manifest(store, NEWEST).raw_bytes
 
 
+def test_a_metric_that_is_no_number_is_nan_for_people_and_null_for_programs(ckptd, root):
+    write_checkpoint(open_store(root), FIRST, PLAIN, metrics={"loss": None})
+    assert "loss=nan" in ckptd("ls", root).stdout
+    assert "nan" in ckptd("show", root).stdout
+    for command in ("ls", "show"):
+        document = json.loads(ckptd(command, root, "--json").stdout)
+        assert document.get("checkpoints", [document])[0]["metrics"] == {"loss": None}
+
+
 def test_ls_of_an_empty_root_says_so(ckptd, root):
     open_store(root).put(keys.ROOT_RECORD, b'{"format": 1}')
     assert "no checkpoints yet" in ckptd("ls", root).stdout

@@ -40,7 +40,7 @@ def write_checkpoint(
     plan: dict[str, Sequence[Sequence[Box]]] | None = None,
     is_planned: bool = True,
     values: dict[str, object] | Sequence[dict[str, object]] | None = None,
-    metrics: dict[str, float] | None = None,
+    metrics: dict[str, float | None] | None = None,
     aliases: dict[str, str] | None = None,
     sequence: int = 1,
     dtypes: dict[str, str] | None = None,

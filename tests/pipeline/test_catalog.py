@@ -127,10 +127,7 @@ def test_j6_swapped_rank_manifests_are_damage(store):
 def test_d9_rank_manifests_of_another_save_are_damage_even_if_the_hash_is_right(store):
     manifest = catalog.read_manifest(store, NEXT)
     swapped = tuple(
-        entry._replace(rank=1 - entry.rank)
-        if hasattr(entry, "_replace")
-        else msgspec.structs.replace(entry, rank=1 - entry.rank)
-        for entry in reversed(manifest.ranks)
+        msgspec.structs.replace(entry, rank=1 - entry.rank) for entry in reversed(manifest.ranks)
     )
     one, two = (store.get(keys.rank(NEXT, rank), max_bytes=1 << 20) for rank in (0, 1))
     store.put(keys.rank(NEXT, 0), two)

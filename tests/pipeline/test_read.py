@@ -1,5 +1,6 @@
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -204,9 +205,7 @@ def test_n10_a_bit_that_flips_on_the_way_is_read_again():
 
 def test_a_hostile_stored_length_is_damage_before_memory_is_asked_for():
     (read, *_) = planned(STORE, whole())
-    chunk = read.chunk.__class__(
-        read.chunk.hash, read.chunk.birth, read.chunk.dtype, read.chunk.raw_bytes, 1 << 60
-    )
+    chunk = msgspec.structs.replace(read.chunk, stored_bytes=1 << 60)
     with pytest.raises(CorruptError, match="longer than any coding"):
         read_chunks(STORE, [read._replace(chunk=chunk)], pytest.fail)
 
@@ -242,3 +241,12 @@ def test_a_small_budget_reads_one_chunk_at_a_time():
         budget_bytes=1,
     )  # fmt: skip
     assert len(names) == 1
+
+
+def test_a_chunk_of_another_length_than_the_manifest_says_is_damage():
+    tensors = {"model.w": np.zeros(1000, np.float32)}
+    store = written(tensors)
+    (read,) = plan_reads(whole(tensors), read_ranks(store, read_manifest(store, STEP)))
+    longer = msgspec.structs.replace(read.chunk, stored_bytes=read.chunk.stored_bytes + 1)
+    with pytest.raises(CorruptError, match="in place of"):
+        read_chunks(store, [read._replace(chunk=longer)], pytest.fail)
