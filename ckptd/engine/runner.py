@@ -170,14 +170,14 @@ class Runner:
             if end > slot.view.nbytes:
                 raise ProtocolError("a chunk that leaves its slot")
             sources.append(Source(chunk.dtype, slot.view[chunk.offset_bytes : end], check))
-        chunks = _retrying(
-            lambda: self._writer.write(
-                self._store_of(effect.part.step),
-                effect.part.step.id,
-                sources,
-                effect.hello.compression,
-            )
-        )
+        # A store of its own: a sync that fails takes deferred objects away again, and those of
+        # another rank's snapshot must not be among them.
+        store = open_store(effect.hello.root, effect.hello.storage_options)
+        try:
+            step, compression = effect.part.step.id, effect.hello.compression
+            chunks = _retrying(lambda: self._writer.write(store, step, sources, compression))
+        finally:
+            store.close()
         check()
         return chunks
 
