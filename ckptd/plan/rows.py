@@ -137,9 +137,9 @@ def find_crowded(rows: Rows) -> Ints:
     not (a pinwheel) may still be disjoint: what is returned is to be looked at one by one.
     """
     rows, part = _drop_single(rows, rows.tensor)
-    parts_before = 0
-    while len(part) and int(part.max()) + 1 != parts_before:
-        parts_before = int(part.max()) + 1
+    before = (-1, -1)
+    while len(part) and before != (len(part), int(part.max())):
+        before = (len(part), int(part.max()))
         for d in range(rows.dims):
             if len(part):
                 part = _separate(part, rows.start[:, d], rows.stop[:, d])

@@ -44,7 +44,7 @@ class _Part(NamedTuple):
 
     tensor: Tensor
     box: Box
-    holders: list[int]
+    holders: tuple[int, ...]
     bytes: int
 
 
@@ -74,7 +74,7 @@ def split(layouts: Sequence[Layout], chunk_bytes: int) -> SplitPlan:
     shared: dict[tuple[int, ...], list[_Part]] = {}
     for part in parts:
         if _is_replicated(part, alike):
-            shared.setdefault(tuple(part.holders), []).append(part)
+            shared.setdefault(part.holders, []).append(part)
         else:
             shares[alike[part.holders[0]].ranks[0]].append((part.tensor.fqn, part.box))
     for holders, group in shared.items():
@@ -106,20 +106,21 @@ def _alike_ranks(layouts: Sequence[Layout]) -> tuple[list[_Alike], list[str]]:
 
 def _collect(alike: Sequence[_Alike]) -> list[_Part]:
     """Return the distinct boxes of all tensors, by FQN and then by first element."""
-    tensors: dict[str, tuple[Tensor, int, dict[Box, list[int]]]] = {}
+    tensors: dict[str, tuple[Tensor, int, dict[Box, tuple[int, ...]]]] = {}
     for number, group in enumerate(alike):
+        alone = (number,)  # one object for the many boxes that nobody else holds
         for held in group.layout.held:
             tensor, rank = held.tensor, group.ranks[0]
             first, first_rank, boxes = tensors.setdefault(tensor.fqn, (tensor, rank, {}))
             if first is not tensor:
                 check_same(first, first_rank, tensor, rank)
             for box in held.boxes:
-                holders = boxes.setdefault(box, [])
+                holders = boxes.get(box, ())
                 if len(box.start) != len(tensor.shape):
                     _refuse_outside(tensor, box, rank)
                 if number in holders[-1:]:
                     _refuse(tensor.fqn, (box, rank), (box, rank))
-                holders.append(number)
+                boxes[box] = (*holders, number) if holders else alone
     return [
         _Part(tensor, box, holders, size * tensor.itemsize)
         for _, (tensor, _, boxes) in sorted(tensors.items())

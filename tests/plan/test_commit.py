@@ -101,7 +101,8 @@ def test_the_layout_key_follows_layouts_plans_and_pieces_and_nothing_else():
     holed = whole()
     holed[2] = (make.manifest(2, LAYOUTS[2], (), world_size=WORLD, plan=PLAN.digest), 1, "0" * 32)
     others = [whole(r2={"layout": "c" * 32}), whole(r2={"plan": None}), holed, whole()[:3]]
-    assert len({key, *map(layout_key, others)}) == 5
+    others.append([*whole()[:3], *parts(record(3, own=LAYOUTS[2], layout=LAYOUTS[3].digest()))])
+    assert len({key, *map(layout_key, others)}) == 6
 
 
 def test_values_that_differ_or_that_some_ranks_lack_are_listed():

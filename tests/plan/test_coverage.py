@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.plan.coverage import prove_coverage
-from ckptd.plan.rows import Rows, find_crowded
+from ckptd.plan.rows import Rows, box_rows, find_crowded
 from ckptd.plan.split import split, whole_share
 from tests.plan import layouts as make
 
@@ -190,6 +190,20 @@ def test_a_large_mesh_is_proven_and_one_lost_shard_is_found(seed):
     with pytest.raises(LayoutError) as caught:
         prove_coverage(manifests)
     assert str(shards[lost]) in str(caught.value)
+
+
+def test_boxes_that_planes_part_only_after_several_rounds_are_not_crowded():
+    """A staircase: each plane parts one box from the rest, in alternating directions."""
+    boxes, rest = [], Box((0, 0), (64, 64))
+    for turn in range(20):
+        d = 1 - turn % 2
+        at = rest.start[d] + 1
+        boxes.append(Box(rest.start, tuple(at if i == d else n for i, n in enumerate(rest.stop))))
+        rest = Box(tuple(at if i == d else n for i, n in enumerate(rest.start)), rest.stop)
+    (rows,) = box_rows([(5, 0, box) for box in (*boxes, rest)])
+    assert not len(find_crowded(rows))
+    (rows,) = box_rows([(5, 0, box) for box in (*boxes, rest, rest)])
+    assert find_crowded(rows).tolist() == [5]
 
 
 def test_coordinates_near_the_limit_do_not_overflow():

@@ -110,6 +110,15 @@ def test_each_holder_gets_one_range_of_the_tensors_laid_end_to_end():
     assert shares[1] == ((2, Box((0, 0), (64, 1024))), (3, Box((0, 0), (64, 1024))))
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_a_boundary_moves_by_half_a_granule_at_most(world_size):
+    own = make.layout(make.tensor("w", (9_999_991,), "uint8"))
+    layouts = [own] * world_size
+    ends = np.cumsum(share_bytes(layouts, split(layouts, 64 * KIB)))
+    ideal = np.arange(1, world_size + 1) * 9_999_991 / world_size
+    assert abs(ends - ideal).max() <= 32 * KIB
+
+
 def test_groups_of_holders_are_split_apart():
     """HSDP: ranks 0 and 2 hold the upper half, 1 and 3 the lower."""
     t = make.tensor("w", (4096, 1024))
