@@ -49,10 +49,8 @@ class Engine:
 
     def next_due(self) -> float | None:
         """Return when the engine wants a `Tick`, on the clock given to `on`; None if never."""
-        times = [step.due for step in self._steps() if not step.is_busy]
-        times += [step.since + step.timeout_s for step in self._steps() if not step.is_busy]
-        times += [due for due in [self.lifetime.next_due()] if due is not None]
-        return min(times, default=None)
+        times = [*(step.next_due() for step in self._steps()), self.lifetime.next_due()]
+        return min((due for due in times if due is not None), default=None)
 
     def _dispatch(self, event: Event, now: float) -> Iterator[Effect]:
         if isinstance(event, ev.Said):

@@ -41,7 +41,8 @@ class Step:
     """A step that has no verdict yet.
 
     `doom` is set once it is known that the step cannot be committed; only a tombstone makes that
-    final.
+    final. `is_waiting` says that there was nothing to do when last looked: only an event changes
+    that, or the end of `timeout_s`.
     """
 
     key: StepKey
@@ -55,6 +56,7 @@ class Step:
     doomed_at: float | None = None
     missing: tuple[int, ...] = ()
     is_busy: bool = False
+    is_waiting: bool = False
     due: float = 0.0
     poll_s: float = FIRST_POLL_S
 
@@ -92,14 +94,24 @@ class Step:
         self.due = now + self.poll_s
         self.poll_s = min(2 * self.poll_s, LAST_POLL_S)
 
+    def next_due(self) -> float | None:
+        """Return when `next_operation` may have something without any event; None if never."""
+        if self.is_busy:
+            return None
+        if self.doom is not None:
+            return self.due
+        limit = self.since + self.timeout_s
+        return limit if self.is_waiting else min(self.due, limit)
+
     def next_operation(
         self, now: float, *, world_size: int, is_all_local: bool
     ) -> Try | Poll | End | None:
         """Return what is due for this step now, and mark it busy until the answer comes."""
-        if self.is_busy or now < self.due:
+        is_late = self.doom is None and now - self.since >= self.timeout_s
+        if self.is_busy or (now < self.due and not is_late):
             return None
         operation = self._operation(now, world_size, is_all_local=is_all_local)
-        self.is_busy = operation is not None
+        self.is_busy, self.is_waiting = operation is not None, operation is None
         return operation
 
     def _operation(

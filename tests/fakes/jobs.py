@@ -1,0 +1,259 @@
+"""Daemons and trainers as real processes, in a place of their own that must be empty afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ckptd.store.local import LocalStore
+from ckptd.wire.address import is_serving
+
+REPOSITORY = Path(__file__).parent.parent.parent
+PATIENCE_S = 60.0  # what a busy machine may need; nothing waits that long unless something is wrong
+
+# What `ckptd daemon` runs, without the time that the command line takes to start.
+_SERVE = """
+import os, sys
+from ckptd.config import daemon_config
+from ckptd.daemon.process import main, set_up_log
+config = daemon_config(os.environ, socket=sys.argv[1], is_on_demand=sys.argv[2] == "on-demand")
+set_up_log(config.log_level)
+sys.exit(main(config, os.environ))
+"""
+
+
+def wait_until(is_true: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
+    """Return the first true answer; fail if there is none in time."""
+    deadline = time.monotonic() + timeout_s
+    while not (answer := is_true()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"waited {timeout_s:.0f} s in vain: {what}")
+        time.sleep(0.005)
+    return answer
+
+
+class Process:
+    """A process in a session of its own, whose output goes to a file."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as out:
+            self.popen = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=out,
+                cwd="/", start_new_session=True,
+            )  # fmt: skip
+        self.pid = self.popen.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self.popen.poll() is None
+
+    @property
+    def text(self) -> str:
+        """What it wrote to its log so far."""
+        return self.log.read_text(errors="replace")
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it the hard way, and wait for its end."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Return the exit code; the number of the signal, negative, where one ended it."""
+        return self.popen.wait(timeout_s)
+
+    def end(self) -> int:
+        """Ask it to go, as an operator does; return the exit code."""
+        if self.is_running:
+            self.send(signal.SIGTERM)
+        return self.wait()
+
+    def is_stopped(self) -> bool:
+        return state_of(self.pid) == "T"
+
+    def fd_count(self) -> int:
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
+
+    def resident_bytes(self) -> int:
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        return int(text.split("VmRSS:")[1].split()[0]) * 1024
+
+    def cpu_s(self) -> float:
+        """Processor time of all its threads so far."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+class Daemon(Process):
+    """A daemon that listens on `socket`."""
+
+    def __init__(self, command: list[str], env: dict[str, str], log: Path, socket: str) -> None:
+        super().__init__(command, env, log)
+        self.socket = socket
+
+    def wait_serving(self) -> Daemon:
+        wait_until(lambda: not self.is_running or is_serving(self.socket), f"{self.log} serves")
+        assert self.is_running, self.text
+        return self
+
+
+class Worker(Process):
+    """A training script that says what it sees, one JSON object a line."""
+
+    def lines(self, timeout_s: float = PATIENCE_S) -> list[dict[str, Any]]:
+        """Wait for its end; return everything it said."""
+        out, _ = self.popen.communicate(timeout=timeout_s)
+        return [json.loads(line) for line in out.decode().splitlines()]
+
+    def next(self) -> dict[str, Any]:
+        """Wait for the next line; an empty object at the end."""
+        assert self.popen.stdout is not None
+        line = self.popen.stdout.readline()
+        return json.loads(line) if line else {}
+
+    def until(self, key: str) -> dict[str, Any]:
+        """Skip to the line that has `key`."""
+        while line := self.next():
+            if key in line:
+                return line
+        raise AssertionError(f"no line with {key!r}:\n{self.text}")
+
+
+class Place:
+    """A runtime directory, a root, and the processes that were started for them."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.runtime = base / "run"
+        self.runtime.mkdir(mode=0o700)
+        self.root = str(base / "root")
+        self.processes: list[Process] = []
+
+    def env(self, **more: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CKPTD_", "XDG_"))}
+        return {
+            **kept, "CKPTD_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": str(REPOSITORY),
+            "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1", "CKPTD_NICE": "0", **more,
+        }  # fmt: skip
+
+    def socket(self, name: str = "d") -> str:
+        return str(self.runtime / f"{name}.sock")
+
+    def daemon(
+        self, name: str = "d", *, failpoints: str = "", is_on_demand: bool = False, **env: str
+    ) -> Daemon:
+        """Start a daemon in the foreground and wait until it listens."""
+        return self.start_daemon(
+            name, failpoints=failpoints, is_on_demand=is_on_demand, **env
+        ).wait_serving()
+
+    def start_daemon(
+        self, name: str = "d", *, failpoints: str = "", is_on_demand: bool = False, **env: str
+    ) -> Daemon:
+        """Start a daemon and do not wait."""
+        socket = name if name.startswith("/") else self.socket(name)
+        kind = "on-demand" if is_on_demand else "service"
+        daemon = Daemon(
+            [sys.executable, "-c", _SERVE, socket, kind],
+            self.env(CKPTD_DAEMON_FAILPOINTS=failpoints, **env),
+            self.base / f"{Path(socket).stem}.log",
+            socket,
+        )
+        self.processes.append(daemon)
+        return daemon
+
+    def worker(self, *arguments: str, **env: str) -> Worker:
+        """Start a training script: the file of tests/system, with arguments."""
+        number = len(self.processes)
+        command = [sys.executable, str(REPOSITORY / "tests/system/worker.py"), *arguments]
+        worker = Worker(command, self.env(**env), self.base / f"worker-{number}.log")
+        self.processes.append(worker)
+        return worker
+
+    def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line."""
+        return subprocess.run(
+            [sys.executable, "-m", "ckptd", *arguments], env=self.env(**env), cwd="/",
+            capture_output=True, text=True, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+
+    def store(self) -> LocalStore:
+        return LocalStore(self.root)
+
+    # --- what is left ---------------------------------------------------------------------------
+
+    def pids(self) -> list[int]:
+        """Return the processes that run for this place, whoever started them."""
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._has(pid)]
+
+    def sockets(self) -> list[str]:
+        return [p.name for p in self.runtime.iterdir() if stat.S_ISSOCK(p.lstat().st_mode)]
+
+    def temporary_files(self) -> list[str]:
+        """Return what below the root is no object: what a writer left."""
+        found = [str(p) for p in Path(self.root).rglob(".*")]
+        return found + [str(p) for p in (Path(self.root) / "tmp").glob("*")]
+
+    def assert_empty(self) -> None:
+        """Check that no process and no socket is left. Daemons that go may take a moment."""
+        wait_until(lambda: not self.pids(), f"processes of {self.base} end", 20.0)
+        assert self.sockets() == []
+
+    def clear(self) -> None:
+        """End everything the hard way."""
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for process in self.processes:
+            process.popen.wait()
+            if process.popen.stdout is not None:
+                process.popen.stdout.close()
+        wait_until(lambda: not self.pids(), "killed processes are gone", 20.0)
+
+    def _has(self, pid: int) -> bool:
+        try:
+            environment = Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:  # gone meanwhile, or somebody else's
+            return False
+        return f"={self.runtime}".encode() in environment and state_of(pid) != "Z"
+
+
+def state_of(pid: int) -> str:
+    """Return the letter of /proc for a process's state; empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+@contextlib.contextmanager
+def new_place() -> Iterator[Place]:
+    """Give a place for the block. At its end every process that still runs is asked to go.
+
+    Fails if one does not go, or if one that nobody knows of or a socket is left behind.
+    """
+    base = Path(tempfile.mkdtemp(prefix="ckptd-", dir="/tmp"))  # sockets need short paths
+    place = Place(base)
+    try:
+        yield place
+        for process in place.processes:
+            if process.is_running:
+                assert process.end() in (0, -signal.SIGTERM), process.text
+        place.assert_empty()
+    finally:
+        place.clear()
+        shutil.rmtree(base)
