@@ -1,7 +1,8 @@
 """Named places where a test can kill, stop or fail this process.
 
 ``CKPTD_FAILPOINTS="commit.put=kill@2;chunk.put=raise"`` kills the process the second time it comes
-to ``commit.put``. Unarmed, a failpoint is one truth test of an empty dict.
+to ``commit.put``. Unarmed, a failpoint is one truth test of an empty dict. ``hang`` blocks the
+thread that comes there, for ever: a disk that does not answer.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import threading
 
 from ckptd.errors import ConfigError
 
-_ACTIONS = ("kill", "stop", "raise", "abort")
+_ACTIONS = ("kill", "stop", "raise", "abort", "hang")
 _armed: dict[str, tuple[str, int]] = {}
 _lock = threading.Lock()  # guards _armed: points are hit from several worker threads
 
@@ -57,5 +58,7 @@ def hit(name: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif action == "abort":
         os.abort()
+    elif action == "hang":
+        threading.Event().wait()
     else:
         raise OSError(5, f"failpoint {name}")

@@ -153,6 +153,7 @@ class Runner:
             self.post(ev.ChunksStored(effect.part, tuple(chunks)))
 
     def _store_chunks(self, effect: ev.Store) -> list[Chunk]:
+        failpoints.hit("handoff.taken")
         with self._arenas_lock:
             arena = self._arenas.get((effect.client, effect.arena))
         if arena is None:

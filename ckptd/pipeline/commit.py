@@ -106,6 +106,7 @@ def put_outcome(store: Store, record: Outcome) -> None:
         StoreError: it may not be durable.
     """
     try:
+        failpoints.hit("outcome.put")
         store.put_new(keys.rank(record.id, record.rank), encode_record(record))
     except ObjectExistsError:
         return

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ckptd import failpoints
 from ckptd.errors import (
     CkptdError,
     ConfigError,
@@ -225,7 +226,9 @@ class Link:
                 port.send(pending.recipe)
                 # The daemon remembers four (engine.clients.MAX_RECIPES).
                 self._told_recipes = [*self._told_recipes, pending.recipe.recipe][-4:]
+        failpoints.hit("link.send")
         port.send(message)
+        failpoints.hit("link.sent")
 
     def _wait_for_news(self) -> None:
         timeout = 1.0
@@ -246,6 +249,7 @@ class Link:
         if isinstance(message, say.Written):
             with self._changed:
                 pending = self._pending.get(message.step)
+            failpoints.hit("link.written")
             if pending is not None:
                 pending.is_written = True
                 pending.let_go()
