@@ -214,16 +214,20 @@ class RestorePlan:
 
     def _decode(self) -> None:
         values = self._values
-        for name, tensors in self._tensors.items():
-            if name in values:
-                self._decoded[name] = decode_value(
-                    values[name], tensors=tensors, trust_pickle=self._trust_pickle
-                )
+        self._decoded = {
+            name: decode_value(values[name], tensors=tensors, trust_pickle=self._trust_pickle)
+            for name, tensors in self._tensors.items()
+            if name in values
+        }
         extra = self._stored.extra_states(values)
-        for fqn in (fqn for late in self._late for fqn in late.fqns.values()):
-            self._extra[fqn] = decode_value(
+        self._extra = {
+            fqn: decode_value(
                 extra[fqn], tensors=self._tensors.get("", {}), trust_pickle=self._trust_pickle
             )
+            for late in self._late
+            for fqn in late.fqns.values()
+            if fqn in extra
+        }
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -231,8 +235,9 @@ class RestorePlan:
         """Set all that is not written by `write`: call it once, after the last `write`.
 
         Modules come first, then optimizers, schedulers, everything else, and the generators last.
-        Plain values are also assigned into the state if it is mutable. `values` replaces those that
-        `Restorer.wanted` was given, if it was not this rank's own yet.
+        Plain values are also assigned into the state if it is mutable. `values` are this rank's, in
+        place of those that `Restorer.wanted` was given: entries that are not in them keep what they
+        have.
 
         Returns:
             The plain values by name, those among them that the state did not ask for.
@@ -244,7 +249,7 @@ class RestorePlan:
             self._values = values
             self._decode()
         for late in self._late:
-            extra = {key: self._extra[fqn] for key, fqn in late.fqns.items()}
+            extra = {k: self._extra[fqn] for k, fqn in late.fqns.items() if fqn in self._extra}
             late.module.load_state_dict({**late.tensors, **extra}, strict=False)
         for name, moments in self._moments.items():
             if name in self._decoded:
@@ -283,8 +288,8 @@ class RestorePlan:
 
     def _unasked(self) -> dict[str, Any]:
         found = {}
-        for name in self._stored.values.keys() - self._state.keys():
-            tree = self._stored.values[name]
+        for name in self._values.keys() - self._state.keys():
+            tree = self._values[name]
             if is_optimizer(tree) or is_module(tree) or any(True for _ in tensor_names(tree)):
                 continue
             value = decode_value(tree, tensors={}, trust_pickle=self._trust_pickle)

@@ -91,6 +91,8 @@ def _derive(base: Tree, rank: int) -> Tree:
         return xxhash.xxh3_64_intdigest(digest + msgspec.json.encode([rank, name]))
 
     held = decode_value(base, tensors={}).value  # type: ignore[attr-defined]
+    if not {"python", "torch"} <= held.keys() or len(held["python"]) != 3:
+        raise ValueError("Python's or torch's generator is not among them")
     version, numbers, gauss = random.Random(seed("python")).getstate()  # noqa: S311 - no secret
     fresh: dict[str, Any] = {
         "python": [version, np.array(numbers, np.uint32), gauss],

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import msgspec
+
 from ckptd.model.box import Box
 from ckptd.model.columns import Piece
 from ckptd.model.tensor import Tensor
 from ckptd.trainer.capture import Destination
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.layouts import layout_of
-from ckptd.trainer.rebuild import Restorer, RestorePlan
+from ckptd.trainer.rebuild import RestorePlan, Restorer
 from ckptd.wire.messages import ChunkPlan
 
 
@@ -50,7 +51,9 @@ def save(state: dict[str, Any], *, max_elements: int = 50, **options: Any) -> Sa
     return Saved({h.tensor.fqn: h.tensor for h in held}, dict(flat.aliases), values, found)
 
 
-def restore(saved: Saved, state: dict[str, Any], **options: Any) -> tuple[dict[str, Any], RestorePlan]:
+def restore(
+    saved: Saved, state: dict[str, Any], **options: Any
+) -> tuple[dict[str, Any], RestorePlan]:
     """Write every target box by box, then finish."""
     plan = Restorer(state, **options).wanted(saved.tensors, saved.aliases, saved.values)
     for i, target in enumerate(plan.targets):

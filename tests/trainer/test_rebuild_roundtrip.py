@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
-from tests.fakes.trainer_bytes import Saved, restore, save
 from torch import nn
+
+from tests.fakes.trainer_bytes import Saved, restore, save
 
 
 class Net(nn.Module):
