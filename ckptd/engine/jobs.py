@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from ckptd.engine.events import StepKey
 from ckptd.engine.steps import COMMIT_SILENCE_S, Part, Step
-from ckptd.errors import SaveFailedError
-from ckptd.model.keys import StepId
+from ckptd.errors import ProtocolError, SaveFailedError
+from ckptd.model.keys import MAX_STEP, StepId
 from ckptd.model.manifest import FORMAT, RankManifest
 from ckptd.pipeline.commit import Verdict, new_outcome
 from ckptd.wire.messages import Hello
@@ -31,6 +31,16 @@ class Job:
     steps: dict[StepId, Step] = field(default_factory=dict)
     closed: dict[StepId, Verdict] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
+
+    def step_id(self, step: int) -> StepId:
+        """Return the id of a step of this attempt.
+
+        Raises:
+            ProtocolError: there is no such step.
+        """
+        if step > MAX_STEP:
+            raise ProtocolError(f"step {step} is out of range")
+        return StepId(attempt=self.attempt, step=step)
 
     def step_of(self, step: int, sequence: int, now: float, hello: Hello) -> Step:
         """Return the open step with this number, opening it if need be.
@@ -80,6 +90,18 @@ class Job:
         """Remember a committed checkpoint of the line, if it is newer than the one known."""
         if self.newest is None or step_id > self.newest:
             self.newest = step_id
+
+    def hear_of(self, previous: str | None) -> None:
+        """Remember what a trainer says is the newest checkpoint of its line.
+
+        Raises:
+            ProtocolError: it is no step id.
+        """
+        try:
+            if previous is not None:
+                self.learn(StepId.parse(previous))
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
 
     def is_first_open(self, step: Step) -> bool:
         """Tell whether all steps with lower sequence numbers have their verdict."""

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import msgspec
-
 from ckptd import __version__
 from ckptd.engine import events as ev
 from ckptd.engine.clients import Client, JobKey, problem_with
 from ckptd.engine.events import Effect, Event, PartKey
 from ckptd.engine.jobs import Job
 from ckptd.engine.lifetime import Lifetime
+from ckptd.engine.replies import decode_values, finished, refuse
 from ckptd.engine.report import report
 from ckptd.engine.steps import Part, Step
 from ckptd.engine.tally import Tally
-from ckptd.errors import ProtocolError, SaveFailedError, SaveUnknownError
-from ckptd.model.keys import MAX_STEP, StepId
+from ckptd.errors import (
+    DaemonUnavailableError,
+    ProtocolError,
+    SaveFailedError,
+    SaveUnknownError,
+)
 from ckptd.pipeline.commit import Verdict, new_outcome
 from ckptd.wire import messages as say
 
@@ -82,12 +85,12 @@ class Engine:
             return
         client = self.clients.get(event.client)
         if client is None:
-            yield from _refuse(event.client, "the first message must be a hello")
+            yield from refuse(event.client, "the first message must be a hello")
             return
         try:
             yield from self._answers(client, message, now)
         except ProtocolError as error:
-            yield from _refuse(event.client, str(error))
+            yield from self._expel(client, str(error))
 
     def _answers(self, client: Client, message: say.FromTrainer, now: float) -> Iterator[Effect]:
         if isinstance(message, say.Arena):
@@ -98,7 +101,7 @@ class Engine:
         elif isinstance(message, say.Handoff):
             yield from self._handoff(client, message, now)
         elif isinstance(message, say.Watch):
-            self._watch(client, message, now)
+            yield from self._watch(client, message, now)
         elif isinstance(message, say.Forfeit):
             yield from self._forfeit(client, message, now)
         elif isinstance(message, say.Settle):
@@ -113,10 +116,12 @@ class Engine:
         job = self.jobs.get((hello.root, hello.attempt))
         if job is not None and (job.token, job.world_size) != (hello.token, hello.world_size):
             problem = f"attempt {hello.attempt} of this root belongs to another job"
-        if self.is_draining:
-            problem = "the daemon is stopping"
-        if problem or number in self.clients:
-            yield from _refuse(number, problem or "a second hello on one connection")
+        if number in self.clients:
+            yield from self._expel(self.clients[number], "a second hello on one connection")
+            return
+        if problem or self.is_draining:
+            kind = ProtocolError if problem else DaemonUnavailableError
+            yield from refuse(number, problem or "the daemon is stopping", kind.__name__)
             return
         for old in list(self.clients.values()):
             if old.is_here and (old.job, old.hello.rank) == (
@@ -136,9 +141,7 @@ class Engine:
             return
         hello = client.hello
         if event.kind:
-            yield ev.Send(client.number, say.Refused(event.kind, event.reason))
-            yield ev.Drop(client.number)
-            yield from self._gone(ev.Gone(client.number, is_dead=False))
+            yield from self._expel(client, event.reason, event.kind)
             return
         job = self.jobs.setdefault(
             client.job, Job(hello.root, hello.attempt, hello.world_size, hello.token)
@@ -161,6 +164,13 @@ class Engine:
                     job.mourn(client.hello.rank, step)
         yield from self._let_go(client)
 
+    def _expel(
+        self, client: Client, reason: str, kind: str = ProtocolError.__name__
+    ) -> Iterator[Effect]:  # fmt: skip
+        """Tell a client why, and end its connection; the socket's side reports no end of its own."""
+        yield from refuse(client.number, reason, kind)
+        yield from self._gone(ev.Gone(client.number, is_dead=False))
+
     def _let_go(self, client: Client) -> Iterator[Effect]:
         """Release arenas that are no longer needed, and forget a client that left nothing behind."""
         yield from client.release()
@@ -172,17 +182,20 @@ class Engine:
     def _handoff(self, client: Client, handoff: say.Handoff, now: float) -> Iterator[Effect]:
         job = self._job(client)
         recipe = client.recipe_of(handoff)
-        if handoff.step > MAX_STEP:
-            raise ProtocolError("a handoff with a step out of range")
-        values = _decode_values(handoff.values)
-        self._learn(job, handoff.previous)
-        step_id = StepId(attempt=job.attempt, step=handoff.step)
+        step_id = job.step_id(handoff.step)
+        values = decode_values(handoff.values)
+        job.hear_of(handoff.previous)
         if step_id in job.closed:
             yield from self._late(client, handoff.step, handoff.sequence, job.closed[step_id])
             return
+        if self.is_draining and step_id not in job.steps:
+            yield from self._expel(
+                client, "the daemon is stopping", DaemonUnavailableError.__name__
+            )
+            return
         step = job.step_of(handoff.step, handoff.sequence, now, client.hello)
         if client.hello.rank in step.parts:
-            step.fail(f"rank {client.hello.rank} handed step {handoff.step} off twice", ())
+            yield from self._again(client, step, handoff)
             return
         key = PartKey(step.key, client.hello.rank, handoff.sequence)
         client.reading[key] = handoff.arena
@@ -197,16 +210,31 @@ class Engine:
             client.hello,
         )
 
-    def _watch(self, client: Client, watch: say.Watch, now: float) -> None:
+    def _again(self, client: Client, step: Step, handoff: say.Handoff) -> Iterator[Effect]:
+        """Take a part that is here already: the connection was lost, this daemon was not."""
+        part = step.parts[client.hello.rank]
+        if part.key.sequence != handoff.sequence or part.client == client.number:
+            step.fail(f"rank {client.hello.rank} handed step {handoff.step} off twice", ())
+            return
+        part.client = client.number
+        if part.state == "written":
+            yield ev.Send(client.number, say.Written(handoff.step, handoff.sequence, 0))
+
+    def _watch(self, client: Client, watch: say.Watch, now: float) -> Iterator[Effect]:
         job = self._job(client)
-        self._learn(job, watch.previous)
+        step_id = job.step_id(watch.step)
+        job.hear_of(watch.previous)
+        if step_id in job.closed:
+            yield from self._late(client, watch.step, watch.sequence, job.closed[step_id])
+            return
         step = job.step_of(watch.step, watch.sequence, now, client.hello)
+        step.is_watched = True
         key = PartKey(step.key, client.hello.rank, watch.sequence)
         step.parts.setdefault(client.hello.rank, Part(key, client.number, "written"))
 
     def _forfeit(self, client: Client, forfeit: say.Forfeit, now: float) -> Iterator[Effect]:
         job, rank = self._job(client), client.hello.rank
-        step_id = StepId(attempt=job.attempt, step=forfeit.step)
+        step_id = job.step_id(forfeit.step)
         if step_id in job.closed:
             yield from self._late(client, forfeit.step, forfeit.sequence, job.closed[step_id])
             return
@@ -291,7 +319,7 @@ class Engine:
         self.tally.count(verdict, step.key.id, now)
         for client in self.clients.values():
             if client.job == (job.root, job.attempt) and client.is_here:
-                yield ev.Send(client.number, _finished(step.key.id.step, step.sequence, verdict))
+                yield ev.Send(client.number, finished(step.key.id.step, step.sequence, verdict))
         for other in list(job.steps.values()):
             if 0 in other.parts:
                 yield from self._put_if_free(job, other, other.parts[0])
@@ -311,7 +339,7 @@ class Engine:
     ) -> Iterator[Effect]:  # fmt: skip
         """Answer a part of a step that has its verdict already."""
         yield ev.Send(client.number, say.Written(step, sequence, 0))
-        yield ev.Send(client.number, _finished(step, sequence, verdict))
+        yield ev.Send(client.number, finished(step, sequence, verdict))
 
     # --- what is due ---------------------------------------------------------------------------
 
@@ -368,29 +396,3 @@ class Engine:
         if job is None or step is None or part is None or part.key != key:
             return None
         return job, step, part
-
-    def _learn(self, job: Job, previous: str | None) -> None:
-        try:
-            if previous is not None:
-                job.learn(StepId.parse(previous))
-        except ValueError as error:
-            raise ProtocolError(str(error)) from None
-
-
-def _decode_values(data: bytes) -> dict[str, object]:
-    try:
-        return msgspec.json.decode(data, type=dict[str, object])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"values that are not a JSON object: {error}") from None
-
-
-def _refuse(client: int, reason: str) -> Iterator[Effect]:
-    yield ev.Send(client, say.Refused(ProtocolError.__name__, reason))
-    yield ev.Drop(client)
-
-
-def _finished(step: int, sequence: int, verdict: Verdict) -> say.Finished:
-    assert verdict.state != "waiting"
-    return say.Finished(
-        step, sequence, verdict.state, verdict.kind, verdict.reason, verdict.fqn, verdict.ranks
-    )

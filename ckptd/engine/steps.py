@@ -42,7 +42,8 @@ class Step:
 
     `doom` is set once it is known that the step cannot be committed; only a tombstone makes that
     final. `is_waiting` says that there was nothing to do when last looked: only an event changes
-    that, or the end of `timeout_s`.
+    that, or the end of `timeout_s`. `is_watched`: a part came to the store through a daemon that is
+    gone, so others may have too, and their ranks may know the outcome and never ask here.
     """
 
     key: StepKey
@@ -57,6 +58,7 @@ class Step:
     missing: tuple[int, ...] = ()
     is_busy: bool = False
     is_waiting: bool = False
+    is_watched: bool = False
     due: float = 0.0
     poll_s: float = FIRST_POLL_S
 
@@ -125,7 +127,7 @@ class Step:
             return End(self.key, world_size, self.doom, tuple(self.outcomes.values()))
         if not any(part.state == "written" for part in self.parts.values()):
             return None
-        if is_all_local:
+        if is_all_local and not self.is_watched:
             # Nobody else can deliver: no need to look before the last part is there.
             whole = all(self.has_written(rank) for rank in range(world_size))
             return Try(self.key, world_size) if whole else None
