@@ -109,6 +109,7 @@ class _Bound:
         self._runs: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self._places: list[torch.Tensor] = []
         self._sources: list[torch.Tensor] = []
+        self._cuts: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
 
     def join(self, run: torch.Tensor, tensors: list[torch.Tensor]) -> None:
         """Add tensors that fill `run`, a view of the slot as bytes."""
@@ -116,10 +117,12 @@ class _Bound:
         self._addresses += [tensor.data_ptr() for tensor in tensors]
         self._runs.append((run, [tensor.view(-1).view(torch.uint8) for tensor in tensors]))
 
-    def add(self, place: torch.Tensor, source: torch.Tensor) -> None:
-        """Add a tensor that is copied by itself."""
+    def add(self, place: torch.Tensor, source: torch.Tensor, cut: tuple[slice, ...] | None) -> None:
+        """Add a tensor, or a cut of it, that is copied by itself."""
         self._places.append(place)
-        self._sources.append(source)
+        self._sources.append(source if cut is None else source[cut])
+        if cut is not None:
+            self._cuts.append((source, source.data_ptr(), source.stride()))
 
     def holds(self, leaves: Sequence[Leaf]) -> bool:
         """Tell whether these are the same tensors in the same memory."""
@@ -127,6 +130,9 @@ class _Bound:
             leaves is self._leaves
             and list(map(torch.Tensor.data_ptr, self._joined)) == self._addresses
             and all(map(torch.Tensor.is_contiguous, self._joined))
+            and all(
+                t.data_ptr() == start and t.stride() == stride for t, start, stride in self._cuts
+            )
         )
 
     def copy(self) -> None:
@@ -146,8 +152,7 @@ def _bind(slot: memoryview, parts: Sequence[_Part], leaves: Sequence[Leaf]) -> _
             bound.join(joined, [leaves[part.source.leaf].tensor for part in run])
             continue
         for part in run:
-            tensor, cut = leaves[part.source.leaf].tensor, part.source.cut
-            bound.add(part.place, tensor if cut is None else tensor[cut])
+            bound.add(part.place, leaves[part.source.leaf].tensor, part.source.cut)
     return bound
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,8 +9,10 @@ from torch import nn
 
 from ckptd.model.box import Box
 from ckptd.model.columns import Piece
+from ckptd.model.tensor import Held, Tensor
+from ckptd.plan.pack import ChunkSpan
 from ckptd.trainer.capture import Destination
-from ckptd.trainer.flatten import flatten
+from ckptd.trainer.flatten import Leaf, flatten
 from ckptd.trainer.layouts import layout_of
 from ckptd.wire.messages import ChunkPlan
 from tests.fakes.trainer_bytes import save
@@ -113,3 +116,38 @@ def test_a_piece_outside_of_tensor_or_slot_is_refused(piece) -> None:
 def test_an_empty_plan_copies_nothing() -> None:
     assert Destination(memoryview(bytearray(8)), [], [], []).copy([]) == 0
     assert save({"x": torch.zeros(3, 0)}).bytes_of == {"x": b""}
+
+
+def test_p4_memory_given_to_a_tensor_by_data_is_what_is_copied_next() -> None:
+    """Views kept from the save before must not copy the memory that a tensor had then."""
+    small = [torch.zeros(8), torch.zeros(8)]
+    large = torch.zeros(4, 200_000)
+    leaves = [
+        Leaf(name, tensor, "parameter", True)
+        for name, tensor in zip("abc", [*small, large], strict=True)
+    ]
+    held = [
+        Held(Tensor(x.fqn, "float32", tuple(x.tensor.shape), "parameter", True, "cpu"),
+             (Box.full(tuple(x.tensor.shape)),))
+        for x in leaves
+    ]  # fmt: skip
+    half = Box((0, 0), (2, 200_000))
+    pieces = [
+        Piece(0, 0, 0, 32, Box.full((8,))),
+        Piece(1, 0, 32, 32, Box.full((8,))),
+        Piece(2, 1, 0, 1_600_000, half),
+    ]
+    slot = memoryview(bytearray(64 + 1_600_000))
+    chunks = [ChunkSpan("float32", 0, 64), ChunkSpan("float32", 64, 1_600_000)]
+    destination = Destination(slot, held, chunks, pieces)
+    for value in (1.0, 2.0, 3.0):
+        for tensor in (*small, large):
+            tensor.data = torch.full(tuple(tensor.shape), value)
+        destination.copy(leaves)
+        assert set(np.frombuffer(slot, np.float32).tolist()) == {value}
+    large.data = torch.arange(800_000.0).reshape(200_000, 4).T  # other strides, other memory
+    small[0].data = torch.arange(8.0)
+    destination.copy(leaves)
+    found = np.frombuffer(slot, np.float32)
+    assert found[:8].tolist() == list(range(8))
+    assert (found[16:].reshape(2, -1) == large[:2].numpy()).all()
