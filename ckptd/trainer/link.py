@@ -86,6 +86,7 @@ class Link:
         self._told_recipes: list[int] = []
         self._failures = 0
         self._next_try = 0.0
+        self._parted_at = 0.0
         self._wake_in, self._wake_out = os.pipe()
         os.set_blocking(self._wake_in, False)
         os.set_blocking(self._wake_out, False)
@@ -289,6 +290,8 @@ class Link:
         if self._port is not None:
             self._port.close()
             self._port = None
+            # What was handed off long ago gets the whole time to find another daemon.
+            self._parted_at = time.monotonic()
         with self._changed:
             if self._wants == "settling":
                 self._wants = "settle"
@@ -319,7 +322,8 @@ class Link:
         with self._changed:
             pending = list(self._pending.values())
         for each in pending:
-            if self._port is None and not each.is_written and now - each.since > self._give_up_s:
+            alone_s = now - max(each.since, self._parted_at)
+            if self._port is None and not each.is_written and alone_s > self._give_up_s:
                 reason = f"step {each.handle.step}: no daemon took the snapshot in {self._give_up_s:.0f} s"
                 self._resolve(each, DaemonUnavailableError(reason))
             elif now - each.since > limit_s:
@@ -328,14 +332,22 @@ class Link:
 
     def _farewell(self) -> None:
         port, self._port = self._port, None
-        if port is None:
-            return
-        with contextlib.suppress(HandoffError):
-            port.send(say.Goodbye())
-        port.close()
-        for message in _rest_of(port):
-            with contextlib.suppress(CkptdError):
-                self._heard(message)
+        if port is not None:
+            with contextlib.suppress(HandoffError):
+                port.send(say.Goodbye())
+            port.close()
+            for message in _rest_of(port):
+                with contextlib.suppress(CkptdError):
+                    self._heard(message)
+        with self._changed:
+            pending = list(self._pending.values())
+            self._pending.clear()
+            self._changed.notify_all()
+        for each in pending:  # nobody listens any more: a handle must not wait for ever
+            step = each.handle.step
+            reason = f"step {step}: closed before its final word; the daemon goes on with it"
+            each.let_go()
+            each.handle.resolve(SaveUnknownError(reason, step=step))
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -348,6 +360,8 @@ def _rest_of(port: Port) -> list[say.FromDaemon]:
 
 
 def _refusal(message: say.Refused) -> CkptdError:
+    if message.kind == DaemonUnavailableError.__name__:
+        return DaemonUnavailableError(message.reason)
     if message.kind == ProtocolError.__name__:
         return ProtocolError(message.reason)
     return ConfigError(f"the daemon refused this job: {message.reason}")
