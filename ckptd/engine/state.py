@@ -147,7 +147,16 @@ class Engine:
             client.job, Job(hello.root, hello.attempt, hello.world_size, hello.token)
         )
         job.dead.discard(hello.rank)
+        self._forget_older(hello)
         yield ev.Send(client.number, say.Welcome(say.PROTOCOL, 0, __version__))
+
+    def _forget_older(self, hello: say.Hello) -> None:
+        """Forget earlier attempts of a root of which nothing is left."""
+        in_use = {client.job for client in self.clients.values()}
+        for key, job in list(self.jobs.items()):
+            is_older = key[0] == hello.root and key[1] < hello.attempt
+            if is_older and key not in in_use and not job.steps:
+                del self.jobs[key]
 
     def _gone(self, event: ev.Gone, *, is_goodbye: bool = False) -> Iterator[Effect]:
         client = self.clients.get(event.client)

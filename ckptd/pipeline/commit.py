@@ -7,6 +7,7 @@ committers report the same outcome, also after a lost response.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -31,6 +32,8 @@ from ckptd.model.keys import StepId
 from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
 from ckptd.plan.commit import layout_key, manifest_of
 from ckptd.store.base import Store
+
+log = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 256 << 20
 TOMBSTONE = b""
@@ -194,7 +197,13 @@ def verdict_of(error: CkptdError) -> Verdict:
 
 def _prove(records: list[tuple[RankManifest, int, str]], proofs: Proofs) -> Manifest:
     key = layout_key(records)
-    manifest = manifest_of(records, is_layout_proven=proofs.has(key))
+    is_proven = proofs.has(key)
+    manifest = manifest_of(records, is_layout_proven=is_proven)
+    if manifest.differing and not is_proven:
+        log.info(
+            "step %s: kept per rank, because ranks differ: %s",
+            manifest.id.short, ", ".join(manifest.differing),
+        )  # fmt: skip
     proofs.add(key)
     return manifest
 

@@ -133,8 +133,11 @@ class Agreement:
         with self._changed:
             return self._state.is_planned
 
-    def planned(self) -> Agreed | None:
-        """Return the plan that the next save will find in force, if its layout is the last one."""
+    def planned(self, layout: Layout) -> Agreed | None:
+        """Return the plan that a next save of this layout will find in force, if one is."""
+        digest = self._digest(layout)
+        if self._meeting.world_size == 1:
+            return self._alone(layout, digest)
         with self._changed:
             at = self._state.adopted
             return self._agreed[at.round] if at is not None and self._state.is_planned else None
@@ -336,9 +339,7 @@ class Agreement:
         check_replicas([(rank, rows.get(offer, {})) for rank, offer in enumerate(offers)])
 
 
-def _select(
-    places: list[Place | None], samples: bytes, common: set[Place]
-) -> dict[Place, int]:
+def _select(places: list[Place | None], samples: bytes, common: set[Place]) -> dict[Place, int]:
     """Return the samples of the places that several ranks hold."""
     fingerprints = np.frombuffer(samples, "<u8").tolist()
     return {

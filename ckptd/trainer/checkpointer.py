@@ -169,11 +169,12 @@ class Checkpointer:
 
         def reserve() -> None:
             self._agreement.wait_planned(self.options.plan_timeout_s)
-            agreed = self._agreement.planned()
+            agreed = self._agreement.planned(layout)
             share = agreed.share if agreed else whole_share(layout)
             cut = self._snapshots.cut(layout, digest, agreed.plan if agreed else None, share)
             try:
                 self._snapshots.reserve(cut.packed.slot_bytes, is_faulted=True)
+                self._snapshots.lay_out(cut)
             except CkptdError as error:
                 log.error("slots could not be reserved ahead: %s", error)  # noqa: TRY400 - save raises it
 

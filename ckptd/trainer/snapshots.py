@@ -54,8 +54,8 @@ class _Shelf:
 class Snapshots:
     """Reserves slots, and fills one per save.
 
-    `cut` and `capture` belong to the training thread; `reserve` may also run on a thread that
-    prepares the first save.
+    `capture` belongs to the training thread; the rest may also run on a thread that prepares the
+    first save.
     """
 
     def __init__(
@@ -65,27 +65,24 @@ class Snapshots:
         self._local_ranks = local_ranks
         self._is_shared = is_shared
         self._chunk_bytes = chunk_bytes
+        # Looked up before any rank of this node has an arena: all ranks see the same, and divide it.
+        self._available: int | None = available_bytes()
         self._cuts: dict[tuple[str, str | None], Cut] = {}
         self._next_recipe = 1
         self._shelf: _Shelf | None = None
         self._retired: list[_Shelf] = []
-        self._lock = threading.Lock()  # guards _shelf and _retired
+        self._lock = threading.RLock()  # guards _shelf, its destinations, _retired and _cuts
         self._is_closed = False
 
     def cut(self, layout: Layout, digest: str, plan: str | None, share: Share) -> Cut:
         """Return what to write under this layout and plan; made once, then remembered."""
         key = (digest, plan)
-        if key not in self._cuts:
-            while len(self._cuts) >= 4:
-                del self._cuts[next(iter(self._cuts))]
-            self._cuts[key] = self._new_cut(layout, digest, plan, share)
-        return self._cuts[key]
-
-    def slot_bytes(self, layout: Layout, share: Share) -> int:
-        """Return the size of a slot for this share of a layout."""
-        return pack(
-            layout, share, chunk_bytes=self._chunk_bytes, header_bytes=SLOT_HEADER_BYTES
-        ).slot_bytes
+        with self._lock:
+            if key not in self._cuts:
+                while len(self._cuts) >= 4:
+                    del self._cuts[next(iter(self._cuts))]
+                self._cuts[key] = self._new_cut(layout, digest, plan, share)
+            return self._cuts[key]
 
     def reserve(self, slot_bytes: int, *, is_faulted: bool = False) -> None:
         """Make sure that slots of at least this size are there.
@@ -101,7 +98,9 @@ class Snapshots:
                 return
             self._tidy()
             number = self._shelf.number + 1 if self._shelf else 1
-            count = choose_slots(slot_bytes, self._slots, self._local_ranks, available_bytes())
+            available = self._available or available_bytes()
+            self._available = None
+            count = choose_slots(slot_bytes, self._slots, self._local_ranks, available)
             arena = Arena.create(count, slot_bytes, is_shared=self._is_shared)
             if self._shelf is not None:
                 self._retired.append(self._shelf)
@@ -110,6 +109,14 @@ class Snapshots:
         log.info("reserved %d slots of %d bytes", count, slot_bytes)
         if is_faulted:
             arena.prefault(lambda: self._is_closed)
+
+    def lay_out(self, cut: Cut) -> None:
+        """Build the destinations of a cut in all slots ahead of the first capture."""
+        with self._lock:
+            shelf = self._shelf
+            if shelf is not None and shelf.arena.slot_bytes >= cut.packed.slot_bytes:
+                for index in range(shelf.arena.slots):
+                    self._destination(shelf, shelf.arena.slot(index), cut)
 
     def capture(
         self, cut: Cut, leaves: Sequence[Leaf], *, step: int, sequence: int, timeout_s: float
@@ -127,7 +134,9 @@ class Snapshots:
             return None
         try:
             generation = slot.begin(step, sequence)
-            count = self._destination(shelf, slot, cut).copy(leaves)
+            with self._lock:
+                destination = self._destination(shelf, slot, cut)
+            count = destination.copy(leaves)
             slot.finish()
         except BaseException:
             slot.abandon()
