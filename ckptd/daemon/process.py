@@ -16,6 +16,7 @@ from ckptd.config import DaemonConfig
 from ckptd.daemon.metrics import serve_metrics
 from ckptd.daemon.server import Server
 from ckptd.engine import events as ev
+from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.runner import Runner
 from ckptd.engine.state import Engine
 from ckptd.errors import AlreadyServingError, CkptdError
@@ -95,7 +96,7 @@ def _take_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     # Python handles a signal between two bytecodes of the main thread, which sits in select():
     # the wake-up socket makes select return.
     ours, theirs = socket.socketpair()
-    ours.setblocking(False)
+    ours.settimeout(0)
     signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
     _kept_open.extend((ours, theirs))
 
@@ -112,9 +113,17 @@ def set_up_log(level: str) -> None:
 
 
 def main(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
-    """Run a daemon as a process of its own; return its exit code, errors told in the log."""
+    """Run a daemon as a process of its own; return its exit code, errors told in the log.
+
+    Where work is left the process ends here, since a worker may hang in the store and the end of
+    the interpreter would wait for it.
+    """
     try:
-        return run_daemon(config, env, is_detached=is_detached)
+        code = run_daemon(config, env, is_detached=is_detached)
     except CkptdError as error:
         log.error("%s", error)  # noqa: TRY400 - a known error needs no traceback
         return error.exit_code
+    if code in (EXIT_UNFINISHED, EXIT_CRASHED):
+        logging.shutdown()
+        os._exit(code)
+    return code

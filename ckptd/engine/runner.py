@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from ckptd import failpoints
 from ckptd.engine import events as ev
 from ckptd.engine.events import Effect, Event
+from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.state import Engine
 from ckptd.errors import CkptdError, ProtocolError, SlotMovedError, StoreError
 from ckptd.model.manifest import Chunk
@@ -85,15 +86,21 @@ class Runner:
             self._arenas[client, number] = arena
 
     def run(self) -> int:
-        """Run until the engine exits; return the exit code."""
+        """Run until the engine exits; return the exit code.
+
+        With `EXIT_UNFINISHED` workers may still be running, perhaps for ever: end the process by
+        ``os._exit``. With any other code they have ended.
+        """
+        code = EXIT_UNFINISHED
         try:
             while True:
                 for effect in self.engine.on(self._next_event(), time.monotonic()):
                     if isinstance(effect, ev.Exit):
-                        return effect.code
+                        code = effect.code
+                        return code
                     self._carry_out(effect)
         finally:
-            self._close()
+            self._close(is_hurried=code == EXIT_UNFINISHED)
 
     def _next_event(self) -> Event:
         due = self.engine.next_due()
@@ -247,11 +254,13 @@ class Runner:
         for arena in arenas:
             arena.trim()
 
-    def _close(self) -> None:
+    def _close(self, *, is_hurried: bool) -> None:
         failpoints.hit("engine.exit")
-        self._snapshots.shutdown(wait=True, cancel_futures=True)
-        self._records.shutdown(wait=True, cancel_futures=True)
-        self._writer.close()
+        self._snapshots.shutdown(wait=not is_hurried, cancel_futures=True)
+        self._records.shutdown(wait=not is_hurried, cancel_futures=True)
+        self._writer.close(wait=not is_hurried)
+        if is_hurried:
+            return  # workers may still use the rest, which goes with the process
         with self._arenas_lock:
             for arena in self._arenas.values():
                 arena.close()

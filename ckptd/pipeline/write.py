@@ -66,9 +66,9 @@ class ChunkWriter:
         store.sync()
         return chunks
 
-    def close(self) -> None:
-        """End the workers after the chunk that each is at."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    def close(self, *, wait: bool = True) -> None:
+        """End the workers after the chunk that each is at, which `wait` False does not wait for."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _write_one(
         self,

@@ -154,6 +154,11 @@ class FakeTrainer:
                 break
         return self.finished.get(step)
 
+    def report(self) -> dict[str, Any]:
+        """Ask for what `ckptd status` shows; all that was said before is in it."""
+        self.say(say.Ask())
+        return msgspec.json.decode(self.wait_for(say.Report).body, type=dict[str, Any])
+
     def hang_up(self) -> None:
         if self._channel is not None:
             self._channel.close()
