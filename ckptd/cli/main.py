@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Annotated, Any
 
 import typer
@@ -22,12 +23,12 @@ COMMANDS = {
     "verify": "Check that checkpoints are whole; with --data, re-read and re-hash every byte.",
 }
 
+# Lines are kept as they stand here, and fit 80 columns.
 EXIT_CODES = """Exit codes:
 
 0 done; 1 internal error; 2 usage or configuration; 3 not found;
-
-4 damage found; 5 the store failed; 6 no daemon, or a drain left work; 7 layouts do not fit;
-8 the ranks did not meet."""
+4 damage found; 5 the store failed; 6 no daemon, or a drain left work;
+7 layouts do not fit; 8 the ranks did not meet."""
 
 
 class _Commands(typer.core.TyperGroup):
@@ -86,8 +87,13 @@ for _name, _summary in COMMANDS.items():
 def _load(name: str) -> Any:
     module = importlib.import_module(f"ckptd.cli.{name.replace('-', '_')}")
     one = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    one.command(name, epilog=EXIT_CODES)(module.command)
+    one.command(name, epilog=EXIT_CODES, help=_unfolded(module.command.__doc__))(module.command)
     return typer.main.get_command(one)
+
+
+def _unfolded(text: str) -> str:
+    """Return a docstring with each paragraph on one line, to be folded to the screen's width."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n"))
 
 
 def main() -> None:
