@@ -77,6 +77,17 @@ class Job:
             text = f"step {step.key.id.step}: rank {rank} failed: {reason}"
             step.forfeit(outcome, Verdict("failed", SaveFailedError.__name__, text, ranks=(rank,)))
 
+    def is_undecided(self) -> bool:
+        """Tell whether something of this job is on its way to the store or being decided here.
+
+        Steps that wait for ranks elsewhere do not count: nobody here can hurry them.
+        """
+        return any(
+            step.is_storing or step.is_busy or step.doom is not None
+            or len(step.parts) == self.world_size
+            for step in self.steps.values()
+        )  # fmt: skip
+
     def close(self, step: Step, verdict: Verdict) -> None:
         """Take a step with its verdict off the open ones."""
         del self.steps[step.key.id]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ckptd import __version__
+from ckptd.version import __version__
 
 if TYPE_CHECKING:
     from ckptd.engine.jobs import Job

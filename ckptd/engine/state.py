@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptd import __version__
 from ckptd.engine import events as ev
 from ckptd.engine.clients import Client, JobKey, problem_with
 from ckptd.engine.events import Effect, Event, PartKey
@@ -25,6 +24,7 @@ from ckptd.errors import (
     SaveUnknownError,
 )
 from ckptd.pipeline.commit import Verdict, new_outcome
+from ckptd.version import __version__
 from ckptd.wire import messages as say
 
 
@@ -373,19 +373,13 @@ class Engine:
 
     def _settled(self) -> Iterator[Effect]:
         for client in self.clients.values():
-            if client.is_settling and not self._is_unsettled(client):
+            if client.is_settling and not any(
+                job.is_undecided()
+                for job in self.jobs.values()
+                if (job.root, job.attempt != client.hello.attempt) == (client.hello.root, True)
+            ):
                 client.is_settling = False
                 yield ev.Send(client.number, say.Settled())
-
-    def _is_unsettled(self, client: Client) -> bool:
-        """Tell whether something of another attempt of the client's root is being decided here."""
-        return any(
-            step.is_storing or step.is_busy or step.doom is not None
-            or len(step.parts) == job.world_size
-            for job in self.jobs.values()
-            if job.root == client.hello.root and job.attempt != client.hello.attempt
-            for step in job.steps.values()
-        )  # fmt: skip
 
     # --- looking things up ---------------------------------------------------------------------
 

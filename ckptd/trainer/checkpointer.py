@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal
 
@@ -30,11 +31,10 @@ from ckptd.trainer.layouts import fingerprints, layout_of, predicted_layout
 from ckptd.trainer.link import Link, Pending
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
-from ckptd.trainer.ports import Port, SocketPort, ThreadPort, start_daemon
+from ckptd.trainer.ports import hello_of, open_port
 from ckptd.trainer.resuming import Resumed, Resuming
 from ckptd.trainer.snapshots import Captured, Cut, Snapshots
 from ckptd.wire import messages as say
-from ckptd.wire.address import socket_path
 
 log = logging.getLogger("ckptd.trainer")
 
@@ -98,7 +98,10 @@ class Checkpointer:
             slots=slots, local_ranks=self._meeting.local_world_size,
             is_shared=daemon is not False, chunk_bytes=self.options.chunk_bytes,
         )  # fmt: skip
-        self._link = Link(self._open_port, self._hello(), give_up_s=busy_timeout_s)
+        self._link = Link(
+            partial(open_port, self.options), hello_of(self.options, self._meeting, self.attempt),
+            give_up_s=busy_timeout_s,
+        )  # fmt: skip
         self._resuming = Resuming(self.options, self._meeting)
         self._resumed_from: StepId | None = None
         self._flat: Flat | None = None
@@ -180,9 +183,6 @@ class Checkpointer:
 
         self._preparing = threading.Thread(target=reserve, name="ckptd-prepare", daemon=True)
         self._preparing.start()
-
-    def fence(self) -> None:
-        """Wait until a deferred copy is done. Saves copy before they return: nothing to wait for."""
 
     # --- resuming ------------------------------------------------------------------------------
 
@@ -364,26 +364,6 @@ class Checkpointer:
             return describe(store, StepId(attempt=self.attempt.ordinal, step=step))
         finally:
             store.close()
-
-    def _hello(self) -> say.Hello:
-        return say.Hello(
-            protocol=say.PROTOCOL, root=self.options.url,
-            storage_options=self.options.storage_options, attempt=self.attempt.ordinal,
-            token=self.attempt.token, rank=self._meeting.rank,
-            world_size=self._meeting.world_size, pid=os.getpid(),
-            compression=self.options.compression,
-            commit_timeout_s=self.options.commit_timeout_s,
-        )  # fmt: skip
-
-    def _open_port(self, wake_fd: int) -> Port:
-        if self.options.daemon is False:
-            return ThreadPort(wake_fd)
-        if isinstance(self.options.daemon, str):
-            return SocketPort(self.options.daemon, deadline_s=5.0)
-        path = socket_path(self.options.url, self.options.storage_options, os.environ)
-        if not os.environ.get("CKPTD_SOCKET"):
-            start_daemon(path, os.environ)
-        return SocketPort(path, deadline_s=5.0)
 
     def _check_usable(self) -> None:
         if self._is_closed:

@@ -18,12 +18,16 @@ from ckptd.engine.runner import Outlet, Runner
 from ckptd.engine.state import Engine
 from ckptd.errors import DaemonUnavailableError
 from ckptd.shm.arena import Arena
+from ckptd.trainer.attempts import Attempt
+from ckptd.trainer.meeting import Meeting
+from ckptd.trainer.options import Options
 from ckptd.wire import messages as say
-from ckptd.wire.address import connect, is_serving
+from ckptd.wire.address import connect, is_serving, socket_path
 from ckptd.wire.channel import Channel
 
 log = logging.getLogger("ckptd.trainer")
 
+CONNECT_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 
@@ -136,6 +140,33 @@ class ThreadPort:
         self._inbox.put(message)
         with contextlib.suppress(OSError):
             os.write(self._wake_fd, b"w")
+
+
+def hello_of(options: Options, meeting: Meeting, attempt: Attempt) -> say.Hello:
+    """Return the first message of this rank."""
+    return say.Hello(
+        protocol=say.PROTOCOL, root=options.url, storage_options=options.storage_options,
+        attempt=attempt.ordinal, token=attempt.token, rank=meeting.rank,
+        world_size=meeting.world_size, pid=os.getpid(), compression=options.compression,
+        commit_timeout_s=options.commit_timeout_s,
+    )  # fmt: skip
+
+
+def open_port(options: Options, wake_fd: int) -> Port:
+    """Find or start the daemon that the options name; `wake_fd` is written to when it speaks.
+
+    Raises:
+        HandoffError: there is none, or it does not answer; it may later.
+        ConfigError: its socket cannot be used.
+    """
+    if options.daemon is False:
+        return ThreadPort(wake_fd)
+    if isinstance(options.daemon, str):
+        return SocketPort(options.daemon, deadline_s=CONNECT_TIMEOUT_S)
+    path = socket_path(options.url, options.storage_options, os.environ)
+    if not os.environ.get("CKPTD_SOCKET"):
+        start_daemon(path, os.environ)
+    return SocketPort(path, deadline_s=CONNECT_TIMEOUT_S)
 
 
 def start_daemon(path: str, env: Mapping[str, str]) -> None:

@@ -244,7 +244,7 @@ def _received(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
             fds.frombytes(data[: len(data) - len(data) % _FD_BYTES])
     if not _RECEIVE_FLAGS:  # macOS has no MSG_CMSG_CLOEXEC
         for fd in fds:
-            os.set_inheritable(fd, False)  # noqa: FBT003 - the signature is the system call's
+            os.set_inheritable(fd, False)
     return list(fds)
 
 
