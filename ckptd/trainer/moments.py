@@ -201,9 +201,9 @@ class _Place(NamedTuple):
         held = self._held(live_name)
         device = self._device(live_name.rpartition("/")[2], row)
         if held is not None and held.dtype is dtype_of(row) and held.device == device:
-            return targets.fill([live_name], row, held)
+            return targets.fill(row, held)
         like = self.parameter.detach() if row.shape else torch.empty((), device=device)
-        return targets.fresh(live_name, row, like=like)
+        return targets.fresh(row, like=like)
 
     def _device(self, key: str, row: Tensor) -> torch.device:
         if row.shape:

@@ -188,7 +188,7 @@ class RestorePlan:
             if row is not None:
                 like = value.detach() if isinstance(value, torch.Tensor) else None
                 if like is None or self._targets.fits(fqn, row, tuple(like.shape), like.dtype):
-                    late.tensors[key] = self._targets.fresh(fqn, row, like=like)
+                    late.tensors[key] = self._targets.fresh(row, like=like)
             elif fqn in extra:
                 late.fqns[key] = fqn
                 tensors = self._tensors.setdefault("", {})

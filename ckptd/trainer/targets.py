@@ -65,9 +65,7 @@ class Targets:
             assert row is not None
             if not self.fits(found[0], row, tuple(tensor.shape), tensor.dtype):
                 continue
-            # Names that were tied to it in the checkpoint too have been used with it.
-            tied = [fqn for fqn in found if self._stored.find(fqn) == row]
-            self.fill(tied, row, tensor)
+            self.fill(row, tensor)
 
     def fits(self, live_name: str, row: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
         """Tell whether a stored tensor fits a live one; if not, it is missing.
@@ -84,17 +82,14 @@ class Targets:
             return False
         return True
 
-    def fill(self, live_names: Iterable[str], row: Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    def fill(self, row: Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """Want `tensor` filled with the contents of `row`; returns `tensor`."""
-        self.used.update(self._stored.names[name] for name in live_names)
         self.used.add(row.fqn)
         if tensor.numel():
             self.rows.append(Target(row.fqn, tensor))
         return tensor
 
-    def fresh(
-        self, live_name: str, row: Tensor, *, like: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def fresh(self, row: Tensor, *, like: torch.Tensor | None = None) -> torch.Tensor:
         """Make a tensor for `row`, in its dtype, and want it filled.
 
         It lies on the device of `like` and in its memory format if the shapes agree, else where
@@ -106,7 +101,7 @@ class Targets:
         else:
             device = like.device if like is not None else self._place(row.device)
             tensor = torch.empty(row.shape, dtype=dtype, device=device)
-        return self.fill([live_name], row, tensor)
+        return self.fill(row, tensor)
 
     def of_tree(self, tree: Tree, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a tensor for each that a stored value refers to: the live one, or a fresh one.
@@ -125,7 +120,7 @@ class Targets:
             if name in live:
                 found[fqn] = live[name]
             elif fqn not in found:
-                found[fqn] = self.fresh(name, row)
+                found[fqn] = self.fresh(row)
         return found
 
     def _place(self, device: str) -> torch.device:

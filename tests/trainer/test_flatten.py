@@ -6,8 +6,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from ckptd.errors import LayoutError, UnsupportedValueError
+from ckptd.trainer import rng
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.layouts import fingerprints, layout_of, predicted_layout
+from ckptd.trainer.rng import RNGState
 from ckptd.trainer.values import PerRank
 
 
@@ -341,3 +343,15 @@ def test_only_parameters_and_optimizer_tensors_are_sampled() -> None:
         assert (found != 0) == (leaf.kind in ("parameter", "optimizer")), leaf.fqn
     holder = nn.ParameterList([nn.Parameter(torch.zeros(0))])
     assert fingerprints(flatten({"m": holder}).leaves) == [0]
+
+
+class Drawing(Stateful):
+    def state_dict(self):
+        torch.rand(1)
+        return {}
+
+
+def test_generators_are_taken_last() -> None:
+    flat = flatten({"rng": RNGState(), "loader": Drawing({})})
+    assert flat.values["rng"] == rng.capture()
+    assert list(flat.values) == ["rng", "loader"]
