@@ -90,6 +90,7 @@ class FakeTrainer:
             ),
         )  # fmt: skip
         self.arena = Arena.create(slots, slot_bytes)
+        self.fingerprints = b""
         self.handoffs: dict[int, say.Handoff] = {}
         self.written: set[int] = set()
         self.finished: dict[int, say.Finished] = {}
@@ -186,9 +187,9 @@ class FakeTrainer:
         target.finish()
         self.handoffs[step] = say.Handoff(
             step=step, sequence=sequence, arena=1, slot=slot, generation=generation, recipe=1,
-            values=msgspec.json.encode({"epoch": {"t": "int", "v": step}}), fingerprints=b"",
-            metrics={"loss": 1.0}, previous=str(self.previous) if self.previous else None,
-            captured_at=1.7e9,
+            values=msgspec.json.encode({"epoch": {"t": "int", "v": step}}),
+            fingerprints=self.fingerprints, metrics={"loss": 1.0},
+            previous=str(self.previous) if self.previous else None, captured_at=1.7e9,
         )  # fmt: skip
 
     def offer(self, step: int) -> None:
