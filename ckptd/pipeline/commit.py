@@ -250,24 +250,38 @@ def _of_outcome(record: Outcome) -> Verdict:
 
 
 def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
-    """Say why a step has a tombstone: an outcome record, or ranks that are not there."""
-    present = set()
+    """Say why a step has a tombstone, from what its ranks left: the same on every node.
+
+    That is an outcome record, a damaged record, ranks that are not there, or what the proof says.
+    """
+    parts, damage = [], None
     for entry in store.list(f"{keys.RANKS}{step}/"):
         found = keys.parse_rank(entry.key)
-        if found is None:
+        if found is None or found[1] >= world_size:
             continue
-        present.add(found[1])
         try:
-            record = _read_rank(store, step, found[1])[0]
-        except (CheckpointError, ObjectNotFoundError):
-            continue  # pruned or damaged meanwhile: another record may tell
+            record, size, digest = _read_rank(store, step, found[1])
+        except ObjectNotFoundError:
+            continue  # pruned meanwhile
+        except CheckpointError as error:
+            damage = damage or error
+            continue
         if isinstance(record, Outcome):
             return _of_outcome(record)
-    missing = tuple(sorted(set(range(world_size)) - present))
+        parts.append((record, size, digest))
+    if damage is not None:
+        return verdict_of(damage)
+    missing = tuple(sorted(set(range(world_size)) - {record.rank for record, _, _ in parts}))
+    try:
+        if not missing:
+            manifest_of(parts)
+    except (CheckpointError, LayoutError) as error:
+        return verdict_of(error)
     reason = (
         f"step {step.step} was ended by a tombstone; rank manifests missing: {missing or 'none'}"
     )
-    return Verdict("failed", SaveFailedError.__name__, reason, ranks=missing)
+    kind = IncompleteError if missing else SaveFailedError
+    return Verdict("failed", kind.__name__, reason, ranks=missing)
 
 
 def new_outcome(
