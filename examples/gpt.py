@@ -234,6 +234,7 @@ class Journal:
         self.rank, self.world_size = rank, world_size
         self.pending: list[Any] = []
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.last_bytes, self.copy_s = 0, 0.0
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.file = Path(folder, f"rank{rank}.jsonl").open("w", buffering=1)  # noqa: SIM115 - lives as long as the process
@@ -252,11 +253,19 @@ class Journal:
             self.write("step", step=step, loss=loss.hex(), span_s=span_s)
 
     def saving(self, step: int, state: dict[str, Any]) -> None:
-        """Note what is about to be saved. One rank's digest is enough: all hold the same."""
-        if self.file is not None:
-            tensors = sum(1 + len(kept) for kept in state["optimizer"].state.values())
-            seen = digest(state) if self.rank == 0 else None
-            self.write("saving", step=step, digest=seen, tensors=tensors)
+        """Note what is about to be saved. One rank's digest is enough: all hold the same.
+
+        The ranks wait for the digest and time the bare copy together, right before they save
+        together: both are slowed alike where ranks share cores.
+        """
+        if self.file is None:
+            return
+        tensors = sum(1 + len(kept) for kept in state["optimizer"].state.values())
+        seen = digest(state) if self.rank == 0 else None
+        self.write("saving", step=step, digest=seen, tensors=tensors)
+        if self.world_size > 1:
+            dist.barrier()
+        self.copy_s = self.time_copy(self.last_bytes)
 
     def saved(self, handle: Any) -> None:
         """Note the pause of a save, and beside it that of a bare copy of the same bytes."""
@@ -266,8 +275,9 @@ class Journal:
             "saved",
             pause_s=handle.pause_s,
             captured_bytes=handle.captured_bytes,
-            copy_s=self.time_copy(handle.captured_bytes),
+            copy_s=self.copy_s,
         )
+        self.last_bytes = handle.captured_bytes
         self.pending.append(handle)
         self.pending = [h for h in self.pending if not self.note_committed(h)]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -44,6 +45,7 @@ Place = tuple[str, tuple[Box, ...]]
 _log = logging.getLogger(__name__)
 
 MAX_LAYOUT_BYTES = 1 << 30
+_YIELD_S = 0.005
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.02, 1.0
 
 
@@ -198,6 +200,11 @@ class Agreement:
                     )
                     delay_s = _FIRST_DELAY_S if self._is_kicked else min(2 * delay_s, _LAST_DELAY_S)
                     self._is_kicked = False
+                    is_over = self._is_over
+                if not is_over:
+                    # The save that woke this thread is about to copy, and needs the interpreter.
+                    time.sleep(_YIELD_S)
+                with self._changed:
                     self._queue.extend(self._state.on_poll())
                 if not self._drain():
                     return

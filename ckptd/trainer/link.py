@@ -30,6 +30,7 @@ from ckptd.wire import messages as say
 log = logging.getLogger("ckptd.trainer")
 
 WELCOME_TIMEOUT_S = 30.0
+YIELD_S = 0.002
 _RETRY_S = (0.05, 0.2, 1.0, 2.0)
 _OVERTIME_S = 120.0
 
@@ -243,6 +244,8 @@ class Link:
         if port is not None and (fd := port.fileno()) is not None:
             poll.register(fd, select.POLLIN)
         poll.poll(int(timeout_s * 1000) + 1)
+        # Whoever woke this thread is about to return to training, and needs the interpreter.
+        time.sleep(YIELD_S)
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_in, 4096)
 
