@@ -14,6 +14,8 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +153,9 @@ def main() -> None:
             mean = mean_over_ranks(loss, world_size)
             journal.trained(step, mean, time.perf_counter() - begin)
             if step % options.save_every == 0:
-                journal.saving(step, state)
-                journal.saved(ckpt.save(step, state, metrics={"loss": mean}))
+                with journal.saving(step, state):
+                    handle = ckpt.save(step, state, metrics={"loss": mean})
+                journal.saved(handle)
         ckpt.wait()  # the last saves become durable
         journal.finished()
     if world_size > 1:
@@ -252,20 +255,28 @@ class Journal:
         if self.file is not None:
             self.write("step", step=step, loss=loss.hex(), span_s=span_s)
 
-    def saving(self, step: int, state: dict[str, Any]) -> None:
-        """Note what is about to be saved. One rank's digest is enough: all hold the same.
+    @contextmanager
+    def saving(self, step: int, state: dict[str, Any]) -> Iterator[None]:
+        """Note what is about to be saved, and time a bare copy right before the save.
 
-        The ranks wait for the digest and time the bare copy together, right before they save
-        together: both are slowed alike where ranks share cores.
+        Ranks that share cores would time each other: with a journal they save one after the other
+        where there are more of them than cores. One rank's digest is enough: all hold the same.
         """
         if self.file is None:
+            yield
             return
         tensors = sum(1 + len(kept) for kept in state["optimizer"].state.values())
         seen = digest(state) if self.rank == 0 else None
         self.write("saving", step=step, digest=seen, tensors=tensors)
-        if self.world_size > 1:
-            dist.barrier()
+        takes_turns = self.world_size > (os.cpu_count() or 1)
+        self.wait_for_others(self.rank + 1 if takes_turns else 1)
         self.copy_s = self.time_copy(self.last_bytes)
+        yield
+        self.wait_for_others(self.world_size - self.rank if takes_turns else 1)
+
+    def wait_for_others(self, times: int) -> None:
+        for _ in range(times if self.world_size > 1 else 0):
+            dist.barrier()
 
     def saved(self, handle: Any) -> None:
         """Note the pause of a save, and beside it that of a bare copy of the same bytes."""

@@ -81,7 +81,7 @@ class Report:
         agreeing on who writes what, and slots may still be untouched memory.
         """
         table = new_table(
-            "Pause per save (medians; in ms)",
+            "Pause per save (medians in ms; ranks that share cores save in turn)",
             *("job", "rank", "saves", "pause", "bare copy", "ratio", "allowed", "first save"),
         )
         for name in STORY:
