@@ -28,6 +28,7 @@ log = logging.getLogger("ckptd.daemon")
 FRAME_TIMEOUT_S = 30.0
 HELLO_TIMEOUT_S = 10.0
 MAX_CLIENTS = 1024
+MAX_WAITING = 64  # messages of one client that the engine has not come to
 _PATROL_S = 5.0
 
 
@@ -41,6 +42,7 @@ class _Peer:
     pid: int
     since: float
     has_spoken: bool = False
+    waiting: int = 0
     is_leaving: bool = False
 
 
@@ -62,7 +64,7 @@ class Server:
             if hasattr(os, "pipe2") else os.pipe()  # fmt: skip
         self._is_stopped = False
         self._patrolled = 0.0
-        self.outlet = Outlet(send=self._order_send, drop=self._order_drop)
+        self.outlet = Outlet(send=self._order_send, drop=self._order_drop, handled=self._order_next)
 
     def wake(self) -> None:
         """Make `serve` look at its orders. Safe in a signal handler."""
@@ -104,6 +106,10 @@ class Server:
         self._orders.put(lambda: self._leave(client))
         self.wake()
 
+    def _order_next(self, client: int) -> None:
+        self._orders.put(lambda: self._was_handled(client))
+        self.wake()
+
     # --- on the serving thread -----------------------------------------------------------------
 
     def _obey(self) -> None:
@@ -140,7 +146,7 @@ class Server:
             self._lost(peer)
             return
         try:
-            messages = peer.channel.read_ready()
+            messages = peer.channel.read_ready() if peer.waiting < MAX_WAITING else []
             if messages is None:
                 self._lost(peer)
                 return
@@ -163,6 +169,7 @@ class Server:
         elif peer.channel.taken_fds:
             raise ProtocolError("a descriptor that no message announced")
         peer.has_spoken = True
+        peer.waiting += 1
         # The channel decodes nothing but the union of what a trainer may say.
         self._runner.post(ev.Said(peer.number, cast("say.FromTrainer", message)))
 
@@ -196,8 +203,25 @@ class Server:
         if peer.is_leaving and not peer.channel.wants_write:
             self._hang_up(peer)
             return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if peer.channel.wants_write else 0)
-        self._selector.modify(peer.channel, events, lambda: self._ready(peer))
+        reading = selectors.EVENT_READ if peer.waiting < MAX_WAITING else 0
+        self._watch(peer, reading | (selectors.EVENT_WRITE if peer.channel.wants_write else 0))
+
+    def _watch(self, peer: _Peer, events: int) -> None:
+        is_watched = peer.channel in self._selector.get_map()
+        if not events and is_watched:
+            self._selector.unregister(peer.channel)
+        elif events and is_watched:
+            self._selector.modify(peer.channel, events, lambda: self._ready(peer))
+        elif events:
+            self._selector.register(peer.channel, events, lambda: self._ready(peer))
+
+    def _was_handled(self, client: int) -> None:
+        """Read on from a client that had said more than the engine could take."""
+        peer = self._peers.get(client)
+        if peer is not None:
+            peer.waiting -= 1
+            if peer.waiting == MAX_WAITING - 1:
+                self._interest(peer)
 
     def _lost(self, peer: _Peer) -> None:
         """End a connection that broke, and tell the engine whether the process is dead too."""
@@ -208,7 +232,7 @@ class Server:
 
     def _hang_up(self, peer: _Peer) -> None:
         del self._peers[peer.number]
-        self._selector.unregister(peer.channel)
+        self._watch(peer, 0)
         peer.channel.close()
         if peer.pidfd is not None:
             self._selector.unregister(peer.pidfd)

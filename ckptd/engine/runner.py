@@ -8,6 +8,7 @@ import queue
 import random
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -19,7 +20,8 @@ from ckptd.engine.events import Effect, Event
 from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.state import Engine
 from ckptd.errors import CkptdError, ProtocolError, SlotMovedError, StoreError
-from ckptd.model.manifest import Chunk
+from ckptd.model import dtypes
+from ckptd.model.manifest import Chunk, RankManifest
 from ckptd.pipeline.commit import Proofs, end_step, put_outcome, put_rank, read_verdict, try_commit
 from ckptd.pipeline.threads import submit
 from ckptd.pipeline.write import ChunkWriter, Source
@@ -49,11 +51,19 @@ class SlotSource(Protocol):
         """Let go of the memory."""
 
 
+def _ignore(_client: int) -> None:
+    pass
+
+
 class Outlet(NamedTuple):
-    """Where messages to clients go. Both are called on the engine's thread and must not block."""
+    """Where messages to clients go. All are called on the engine's thread and must not block.
+
+    `handled` is called after each `Said`, so that who says too much can be made to wait.
+    """
 
     send: Callable[[int, FromDaemon], None]
     drop: Callable[[int], None]
+    handled: Callable[[int], None] = _ignore
 
 
 class Runner:
@@ -94,11 +104,14 @@ class Runner:
         code = EXIT_UNFINISHED
         try:
             while True:
-                for effect in self.engine.on(self._next_event(), time.monotonic()):
+                event = self._next_event()
+                for effect in self.engine.on(event, time.monotonic()):
                     if isinstance(effect, ev.Exit):
                         code = effect.code
                         return code
                     self._carry_out(effect)
+                if isinstance(event, ev.Said):
+                    self._outlet.handled(event.client)
         finally:
             self._close(is_hurried=code == EXIT_UNFINISHED)
 
@@ -147,9 +160,16 @@ class Runner:
             store = self._opened.get(name)
         if store is None:
             store = open_store(hello.root, hello.storage_options)
-            check_root(store)
+            try:
+                check_root(store)
+            except BaseException:
+                store.close()
+                raise
         with self._stores_lock:
-            self._opened[name] = self._stores[hello.root] = store
+            first = self._opened.setdefault(name, store)
+            self._stores[hello.root] = first
+        if first is not store:  # another rank's hello was faster
+            store.close()
 
     def _store(self, effect: ev.Store) -> None:
         try:
@@ -175,8 +195,8 @@ class Runner:
         sources = []
         for chunk in effect.recipe.chunks:
             end = chunk.offset_bytes + chunk.raw_bytes
-            if end > slot.view.nbytes:
-                raise ProtocolError("a chunk that leaves its slot")
+            if end > slot.view.nbytes or chunk.dtype not in dtypes.BY_NAME:
+                raise ProtocolError("a chunk that leaves its slot, or of an unknown dtype")
             sources.append(Source(chunk.dtype, slot.view[chunk.offset_bytes : end], check))
         # A store of its own: a sync that fails takes deferred objects away again, and those of
         # another rank's snapshot must not be among them.
@@ -191,7 +211,7 @@ class Runner:
 
     def _put_rank(self, effect: ev.PutRank) -> None:
         try:
-            effect.record.check()
+            _check(effect.record)
             store = self._store_of(effect.part.step)
             _retrying(lambda: put_rank(store, effect.record))
         except Exception as error:  # noqa: BLE001 - whatever it is, the trainer must hear of it
@@ -230,6 +250,7 @@ class Runner:
             error,
             exc_info=not is_ours,
         )
+        _clear_frames(error)
         self.post(ev.PartFailed(part, f"{type(error).__name__}: {error}"))
 
     def _store_of(self, step: ev.StepKey) -> Store:
@@ -268,3 +289,21 @@ class Runner:
         with self._stores_lock:
             for store in self._opened.values():
                 store.close()
+
+
+def _check(record: RankManifest) -> None:
+    try:
+        record.check()
+    except ValueError as error:
+        raise ProtocolError(f"a recipe that makes no sense: {error}") from None
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop what the frames of an error hold.
+
+    They hold views of a slot, and futures that hold the error: a circle that would keep the memory
+    mapped until the next garbage collection, which a daemon without work never comes to.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

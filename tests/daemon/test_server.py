@@ -1,0 +1,55 @@
+"""The socket side by itself, with an engine that does not keep up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from pathlib import Path
+
+import pytest
+
+from ckptd.daemon.server import MAX_WAITING, Server
+from ckptd.engine import events as ev
+from ckptd.wire import frames
+from ckptd.wire import messages as say
+from ckptd.wire.address import connect, listen, unlisten
+
+
+class SlowRunner:
+    """Takes events and handles none."""
+
+    def __init__(self) -> None:
+        self.events: list[ev.Event] = []
+
+    def post(self, event: ev.Event) -> None:
+        self.events.append(event)
+
+
+def send_for_ever(client: socket.socket, data: bytes) -> None:
+    while True:
+        client.sendall(data)
+
+
+def test_s6_a_client_that_says_more_than_the_engine_takes_is_made_to_wait(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    listener = listen(path)
+    runner = SlowRunner()
+    server = Server(listener.socket, {os.geteuid()})
+    thread = threading.Thread(target=server.serve, args=[runner])
+    thread.start()
+    flood = frames.encode(say.Ask()) * 1000
+    with connect(path, deadline_s=10.0) as client:
+        client.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            send_for_ever(client, flood)
+        posted = len(runner.events)
+        assert posted >= MAX_WAITING
+        for _ in range(posted):
+            server.outlet.handled(1)  # the engine catches up
+        client.settimeout(20.0)
+        client.sendall(flood)
+    server.stop()
+    thread.join()
+    unlisten(path, listener)
+    assert len(runner.events) > posted
