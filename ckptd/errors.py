@@ -179,7 +179,7 @@ class UnsupportedValueError(LayoutError):
 
 
 class MeetingError(CkptdError):
-    """The ranks of a job did not meet in time, or do not see the same root."""
+    """The ranks of a job did not meet in time, or the store that they meet over is gone."""
 
     retryable = True
     exit_code = 8

@@ -39,7 +39,7 @@ def command(
             show(f"{path}: {plain(reason)}", style="red")
     if not found:
         raise DaemonUnavailableError(
-            "no daemon is running; a trainer starts one with its first save, `ckptd daemon` by hand"
+            "no daemon is running; a trainer starts one when it resumes or saves, `ckptd daemon` by hand"
         )
 
 

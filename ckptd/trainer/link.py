@@ -279,7 +279,7 @@ class Link:
 
     def _resolve(self, pending: Pending, error: CkptdError | None) -> None:
         if error is not None:
-            log.error("step %d: %s", pending.handle.step, error)
+            log.error("not committed: %s", error)
         pending.let_go()
         pending.handle.resolve(error)
         with self._changed:

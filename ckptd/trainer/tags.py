@@ -90,7 +90,7 @@ def encode(value: Any) -> Tree:
         return {tagged[0]: tagged[1](value)}
     if isinstance(value, np.generic):
         return {"$numpy": _encode_scalar(value)}
-    raise ValueError(f"a {type_name(value)}")
+    raise ValueError(f"a value of type {type_name(value)}")
 
 
 def type_name(value: object) -> str:
