@@ -19,11 +19,12 @@ import numpy as np
 from ckptd import failpoints
 from ckptd.errors import CkptdError, ConfigError, SaveSkippedError, SlotsBusyError
 from ckptd.model.checkpoint import Checkpoint
-from ckptd.model.keys import MAX_STEP, StepId
+from ckptd.model.keys import StepId
 from ckptd.pipeline.catalog import describe, list_checkpoints
 from ckptd.plan.split import whole_share
 from ckptd.store.open import normalise_url, open_store
 from ckptd.trainer.agreement import Agreement
+from ckptd.trainer.arguments import check_step, numbers_of
 from ckptd.trainer.attempts import start_attempt
 from ckptd.trainer.flatten import Flat, flatten
 from ckptd.trainer.handle import Handle
@@ -139,12 +140,12 @@ class Checkpointer:
         last = self._handles[-1] if self._handles else None
         if last is not None and step == last.step:
             return last
-        _check_step(step, last)
+        check_step(step, after=None if last is None else last.step)
         handle = Handle(step, self._sequence + 1, self._load)
         self._sequence += 1
         self._handles.append(handle)
         with self._forfeiting(handle):
-            self._snapshot(handle, state, dict(metrics or {}))
+            self._snapshot(handle, state, numbers_of(metrics or {}))
         handle.pause_s = time.perf_counter() - began
         if wait:
             handle.result(deadline_s)
@@ -344,19 +345,23 @@ class Checkpointer:
         """Tell the other ranks when this one raises instead of delivering."""
         try:
             yield
-        except CkptdError as error:
-            self._forfeit(handle, "failed", str(error))
+        except Exception as error:
+            is_ours = isinstance(error, CkptdError)
+            self._forfeit(handle, "failed", str(error) if is_ours else repr(error))
             handle.tell()
             raise
 
     def _raise_untold(self, current: Handle | None) -> None:
-        """Raise the first failure of an earlier save that nobody was told of."""
-        untold = [h for h in self._handles if h is not current]
-        self._handles = [h for h in self._handles if not h.is_done or h is self._handles[-1]]
-        for handle in untold:
-            error = handle.take_untold_error()
-            if error is not None and not isinstance(error, SaveSkippedError):
-                raise error
+        """Raise the first failure of an earlier save that nobody was told of; the next one next."""
+        found = None
+        earlier = [h for h in self._handles if h is not current]
+        while earlier and found is None:
+            error = earlier.pop(0).take_untold_error()
+            found = None if isinstance(error, SaveSkippedError) else error
+        last = self._handles[-1:]
+        self._handles = [h for h in self._handles[:-1] if h in earlier or not h.is_done] + last
+        if found is not None:
+            raise found
 
     def _load(self, step: int) -> Checkpoint:
         store = open_store(self.options.url, self.options.storage_options)
@@ -372,7 +377,7 @@ class Checkpointer:
             raise ConfigError("a Checkpointer belongs to the process that made it, not to a fork")
 
     def _leave(self) -> None:
-        if self._is_closed:
+        if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True
         atexit.unregister(self._at_exit)
@@ -385,15 +390,4 @@ class Checkpointer:
 
     def _at_exit(self) -> None:
         """Hand off what waits, when the script ends without `close`."""
-        if os.getpid() == self._pid:
-            self._leave()
-
-
-def _check_step(step: int, last: Handle | None) -> None:
-    if type(step) is not int or not 0 <= step <= MAX_STEP:
-        raise ConfigError(f"step {step!r}: give a whole number from 0 to {MAX_STEP}")
-    if last is not None and step < last.step:
-        raise ConfigError(
-            f"step {step} after step {last.step}: steps only grow. To go back, resume an older step "
-            "with a new Checkpointer"
-        )
+        self._leave()

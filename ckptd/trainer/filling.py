@@ -126,14 +126,19 @@ class Filling:
         old_world, rank = manifest.world_size, request.rank
         if old_world == request.world_size:
             return dict(own.values)
-        differing = [name for name in manifest.differing if name in request.state]
+        first = own if own.rank == 0 else read_rank(self._store, manifest, 0)
+        # What is kept per rank is so even where all ranks happened to agree, or where there was one.
+        differing = [
+            name
+            for name, live in request.state.items()
+            if name in manifest.differing
+            or (name in first.values and isinstance(live, (RNGState, PerRank)))
+        ]
         self._surplus = tuple(
             f"{name}@{old}" for name in differing for old in range(request.world_size, old_world)
         )
-        first = own if own.rank == 0 else read_rank(self._store, manifest, 0)
-        values = {
-            name: tree for name, tree in first.values.items() if name not in manifest.differing
-        }
+        left_out = {*manifest.differing, *differing}
+        values = {name: tree for name, tree in first.values.items() if name not in left_out}
         for name in differing:
             self._check_rule(name, manifest)
             if rank < old_world and name in own.values:

@@ -24,8 +24,7 @@ from ckptd.errors import (
     TornRestoreError,
 )
 from ckptd.model.keys import StepId
-from ckptd.model.manifest import Manifest
-from ckptd.pipeline.catalog import find, line, read_manifest
+from ckptd.pipeline.catalog import find, line, list_commits
 from ckptd.pipeline.recover import commit_whole_steps
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
@@ -108,17 +107,29 @@ class Resuming:
                 _none_left(damages, is_torn=is_torn)
                 return None
             filling = Filling(store, request)
-            problem = self._phase(f"{turn}/check", lambda f=filling, i=id_: f.check(i))
+            problem = self._check(filling, id_, turn, is_torn=is_torn)
             if problem is None:
                 is_torn = True
                 problem = self._phase(f"{turn}/fill", filling.fill)
             if problem is None:
-                self._phase(f"{turn}/finish", filling.finish)
+                problem = self._phase(f"{turn}/finish", filling.finish)
+            if problem is None:
                 return filling.resumed()
             damages.append(problem)
             log.error(
                 "checkpoint %s is NOT WHOLE, going back to the one before: %s", id_.short, problem
             )
+
+    def _check(self, filling: Filling, id_: StepId, turn: int, *, is_torn: bool) -> str | None:
+        try:
+            return self._phase(f"{turn}/check", lambda: filling.check(id_))
+        except LayoutError as error:
+            if not is_torn:
+                raise
+            raise TornRestoreError(
+                "the live objects were changed half from a newer checkpoint that turned out damaged, "
+                f"and {id_.short} does not fit: do not use them, start the process again. {error}"
+            ) from error
 
     def _agree_on(self, candidates: Iterator[StepId], turn: int) -> StepId | None:
         topic = f"resume/{self._runs}/{turn}"
@@ -159,22 +170,18 @@ class Resuming:
 def _candidates(store: Store, step: int | None) -> Iterator[StepId]:
     """Yield the checkpoints to try: the newest of the line, then back; or from `step` back."""
     commit_whole_steps(store)
-    if step is not None:
-        first = find(store, step).id
-        yield first
-        yield from _before(store, read_manifest(store, first))
+    if step is None:
+        has_any = False
+        for manifest in line(store):
+            has_any = True
+            yield manifest.id
+        if not has_any and list_commits(store):
+            raise CorruptError("there are checkpoints but no manifest can be read", key=store.url)
         return
-    yield from (manifest.id for manifest in line(store))
-
-
-def _before(store: Store, manifest: Manifest) -> Iterator[StepId]:
-    while manifest.previous is not None:
-        id_ = StepId.parse(manifest.previous)
-        yield id_
-        try:
-            manifest = read_manifest(store, id_)
-        except CheckpointNotFoundError:
-            return
+    first = find(store, step).id
+    yield first  # be it damaged: that is for `check` to say
+    # Along the line ids only fall: attempts, and steps within one.
+    yield from (manifest.id for manifest in line(store) if manifest.id < first)
 
 
 def _propose(candidates: Iterator[StepId]) -> _Proposal:
@@ -182,6 +189,9 @@ def _propose(candidates: Iterator[StepId]) -> _Proposal:
         id_ = next(candidates, None)
     except CkptdError as error:
         return _Proposal(kind=type(error).__name__, reason=str(error))
+    except Exception as error:
+        log.exception("looking for checkpoints failed")
+        return _Proposal(kind=CkptdError.__name__, reason=repr(error))
     return _Proposal(id=str(id_) if id_ is not None else None)
 
 
