@@ -353,13 +353,17 @@ class Checkpointer:
 
     def _raise_untold(self, current: Handle | None) -> None:
         """Raise the first failure of an earlier save that nobody was told of; the next one next."""
+        told: list[Handle] = []
         found = None
-        earlier = [h for h in self._handles if h is not current]
-        while earlier and found is None:
-            error = earlier.pop(0).take_untold_error()
-            found = None if isinstance(error, SaveSkippedError) else error
-        last = self._handles[-1:]
-        self._handles = [h for h in self._handles[:-1] if h in earlier or not h.is_done] + last
+        for handle in self._handles:
+            if handle is current or not handle.is_done:
+                continue
+            told.append(handle)
+            error = handle.take_untold_error()
+            if error is not None and not isinstance(error, SaveSkippedError):
+                found = error
+                break
+        self._handles = [h for h in self._handles if h not in told or h is self._handles[-1]]
         if found is not None:
             raise found
 
