@@ -152,6 +152,9 @@ class Server:
                 return
             for message in messages:
                 self._said(peer, message)
+            # Not before: one read may bring several messages, and the last one's descriptor.
+            if peer.channel.taken_fds and peer.channel.partial_since_s is None:
+                raise ProtocolError("a descriptor that no message announced")
         except CkptdError as error:
             log.warning("client %d (pid %d): %s", peer.number, peer.pid, error)
             self._send(peer.number, say.Refused(type(error).__name__, str(error)))
@@ -166,8 +169,6 @@ class Server:
         if isinstance(message, say.Arena):
             arena = Arena.adopt(peer.channel.take_fd(), message.slots, message.slot_bytes)
             self._runner.give_arena(peer.number, message.arena, arena)
-        elif peer.channel.taken_fds:
-            raise ProtocolError("a descriptor that no message announced")
         peer.has_spoken = True
         peer.waiting += 1
         # The channel decodes nothing but the union of what a trainer may say.

@@ -298,7 +298,8 @@ class Link:
         with self._changed:
             if self._wants == "settling":
                 self._wants = "settle"
-        wait_s = _RETRY_S[min(self._failures, len(_RETRY_S) - 1)]
+        # Half of what a snapshot waits at most: each one is offered at least once.
+        wait_s = min(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)], self._give_up_s / 2)
         self._failures += 1
         self._next_try = time.monotonic() + wait_s
         level = logging.WARNING if self._failures <= len(_RETRY_S) else logging.DEBUG
@@ -327,7 +328,9 @@ class Link:
         for each in pending:
             alone_s = now - max(each.since, self._parted_at)
             if self._port is None and not each.is_written and alone_s > self._give_up_s:
-                reason = f"step {each.handle.step}: no daemon took the snapshot in {self._give_up_s:.0f} s"
+                reason = (
+                    f"step {each.handle.step}: no daemon took the snapshot in {self._give_up_s:g} s"
+                )
                 self._resolve(each, DaemonUnavailableError(reason))
             elif now - each.since > limit_s:
                 reason = f"step {each.handle.step}: no final word in {limit_s:.0f} s"

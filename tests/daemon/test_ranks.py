@@ -14,7 +14,7 @@ import pytest
 
 from ckptd.model.box import Box
 from ckptd.model.keys import StepId
-from tests.fakes.jobs import Place, Worker, wait_until
+from tests.fakes.jobs import Place, Script, wait_until
 from tests.fakes.trainers import (
     SHAPES,
     FakeTrainer,
@@ -170,14 +170,14 @@ time.sleep(600)
 """
 
 
-def mortal(place: Place, deed: str) -> Worker:
+def mortal(place: Place, deed: str) -> Script:
     """Start rank 1 as a process of its own; return when it has done its deed."""
     repository = place.env()["PYTHONPATH"]
     command = [sys.executable, "-c", _MORTAL, repository, place.socket(), place.root, deed]
-    worker = Worker(command, place.env(), place.base / "mortal.log")
-    place.processes.append(worker)
-    worker.until("ready")
-    return worker
+    script = Script(command, place.env(), place.base / "mortal.log")
+    place.processes.append(script)
+    script.until("ready")
+    return script
 
 
 def kill_orphans(place: Place, *keep: int) -> None:

@@ -11,9 +11,11 @@ import pytest
 
 from ckptd.daemon.server import MAX_WAITING, Server
 from ckptd.engine import events as ev
+from ckptd.shm.arena import Arena
 from ckptd.wire import frames
 from ckptd.wire import messages as say
 from ckptd.wire.address import connect, listen, unlisten
+from tests.fakes.jobs import wait_until
 
 
 class SlowRunner:
@@ -21,6 +23,10 @@ class SlowRunner:
 
     def __init__(self) -> None:
         self.events: list[ev.Event] = []
+        self.arenas: list[Arena] = []
+
+    def give_arena(self, client: int, number: int, arena: Arena) -> None:
+        self.arenas.append(arena)
 
     def post(self, event: ev.Event) -> None:
         self.events.append(event)
@@ -53,3 +59,22 @@ def test_s6_a_client_that_says_more_than_the_engine_takes_is_made_to_wait(tmp_pa
     thread.join()
     unlisten(path, listener)
     assert len(runner.events) > posted
+
+
+def test_messages_before_an_arena_may_come_in_the_same_read(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    listener = listen(path)
+    runner = SlowRunner()
+    server = Server(listener.socket, {os.geteuid()})
+    with connect(path, deadline_s=10.0) as client, Arena.create(1, 8192) as arena:
+        client.sendall(frames.encode(say.Watch(1, 1, None)))
+        client.sendall(frames.encode(say.Watch(2, 2, None)))
+        socket.send_fds(client, [frames.encode(say.Arena(1, 1, 8192))], [arena.fileno()])
+        thread = threading.Thread(target=server.serve, args=[runner])
+        thread.start()
+        wait_until(lambda: len(runner.events) == 3, "all three are heard")
+        assert len(runner.arenas) == 1
+        runner.arenas.pop().close()
+    server.stop()
+    thread.join()
+    unlisten(path, listener)

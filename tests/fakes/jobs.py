@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,26 +112,134 @@ class Daemon(Process):
         return self
 
 
-class Worker(Process):
-    """A training script that says what it sees, one JSON object a line."""
-
-    def lines(self, timeout_s: float = PATIENCE_S) -> list[dict[str, Any]]:
-        """Wait for its end; return everything it said."""
-        out, _ = self.popen.communicate(timeout=timeout_s)
-        return [json.loads(line) for line in out.decode().splitlines()]
-
-    def next(self) -> dict[str, Any]:
-        """Wait for the next line; an empty object at the end."""
-        assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        return json.loads(line) if line else {}
+class Script(Process):
+    """A script that says what it sees, one JSON object a line."""
 
     def until(self, key: str) -> dict[str, Any]:
         """Skip to the line that has `key`."""
-        while line := self.next():
-            if key in line:
-                return line
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            if key in (found := json.loads(line)):
+                return found
         raise AssertionError(f"no line with {key!r}:\n{self.text}")
+
+
+class Ranks:
+    """Starts ranks: a process that has imported torch, and forks."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = ours
+        env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        with theirs:
+            self._popen = subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "tests/system/worker.py"), str(theirs.fileno())],
+                env=env, pass_fds=[theirs.fileno()], start_new_session=True,
+            )  # fmt: skip
+
+    def fork(self, talk: socket.socket, env: dict[str, str], log: Path) -> int:
+        order = json.dumps({"env": env, "log": str(log)}).encode()
+        socket.send_fds(self._control, [order], [talk.fileno()])
+        return json.loads(self._control.recv(1024))
+
+    def wait(self, pid: int) -> int:
+        self._control.send(json.dumps({"wait": pid}).encode())
+        return json.loads(self._control.recv(1024))
+
+    def close(self) -> None:
+        self._control.close()
+        self._popen.wait(PATIENCE_S)
+
+
+class Rank:
+    """A rank of a real job, which does what it is told."""
+
+    def __init__(self, ranks: Ranks, env: dict[str, str], log: Path) -> None:
+        self._ranks = ranks
+        self.log = log
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self.pid = ranks.fork(theirs, env, log)
+        ours.settimeout(PATIENCE_S)
+        self._talk = ours
+        self._lines = ours.makefile("rw", buffering=1)
+        self._code: int | None = None
+
+    @property
+    def text(self) -> str:
+        """What it wrote to its log so far."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def order(self, what: str, **details: Any) -> None:
+        """Tell it what to do, and do not wait."""
+        with contextlib.suppress(BrokenPipeError):
+            self._lines.write(json.dumps({"do": what, **details}) + "\n")
+            self._lines.flush()
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to the oldest order; an empty object if the process is dead."""
+        try:
+            line = self._lines.readline()
+        except ConnectionResetError:
+            line = ""
+        return json.loads(line) if line else {}
+
+    def do(self, what: str, **details: Any) -> Any:
+        """Tell it what to do; return what comes of it. It must work."""
+        self.order(what, **details)
+        said = self.answer()
+        assert "value" in said, f"{what}: {said}\n{self.text}"
+        return said["value"]
+
+    def fail(self, what: str, **details: Any) -> dict[str, Any]:
+        """Tell it to do what cannot work; return the error."""
+        self.order(what, **details)
+        said = self.answer()
+        assert "error" in said, f"{what}: {said}"
+        return said
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def wait(self) -> int:
+        """Return the exit code; the number of the signal, negative, where one ended it."""
+        if self._code is None:
+            self._code = self._ranks.wait(self.pid)
+        return self._code
+
+    def end(self) -> int:
+        """Let the script come to its end."""
+        self.order("exit")
+        return self.wait()
+
+    def clear(self) -> None:
+        if self._code is None:
+            self.kill()
+        with contextlib.suppress(OSError):
+            self._lines.close()
+        self._talk.close()
+
+
+def all_do(ranks: Sequence[Rank], what: str, **details: Any) -> list[Any]:
+    """Tell several ranks to do something together."""
+    for rank in ranks:
+        rank.order(what, **details)
+    said = [rank.answer() for rank in ranks]
+    assert all("value" in each for each in said), f"{what}: {said}"
+    return [each["value"] for each in said]
+
+
+def all_fail(ranks: Sequence[Rank], what: str, **details: Any) -> list[dict[str, Any]]:
+    """Tell several ranks to do together what cannot work; return the errors."""
+    for rank in ranks:
+        rank.order(what, **details)
+    said = [rank.answer() for rank in ranks]
+    assert all("error" in each for each in said), f"{what}: {said}"
+    return said
 
 
 class Place:
@@ -142,6 +251,7 @@ class Place:
         self.runtime.mkdir(mode=0o700)
         self.root = str(base / "root")
         self.processes: list[Process] = []
+        self.ranks: list[Rank] = []
 
     def env(self, **more: str) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("CKPTD_", "XDG_"))}
@@ -176,13 +286,27 @@ class Place:
         self.processes.append(daemon)
         return daemon
 
-    def worker(self, *arguments: str, **env: str) -> Worker:
-        """Start a training script: the file of tests/system, with arguments."""
-        number = len(self.processes)
-        command = [sys.executable, str(REPOSITORY / "tests/system/worker.py"), *arguments]
-        worker = Worker(command, self.env(**env), self.base / f"worker-{number}.log")
-        self.processes.append(worker)
-        return worker
+    def rank(self, ranks: Ranks, **env: str) -> Rank:
+        """Start a training script of one rank."""
+        rank = Rank(ranks, self.env(**env), self.base / f"rank-{len(self.ranks)}.log")
+        self.ranks.append(rank)
+        return rank
+
+    def job(self, ranks: Ranks, world_size: int, **env: str) -> list[Rank]:
+        """Start the ranks of a job, which have met."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        found = [
+            self.rank(
+                ranks, RANK=str(number), WORLD_SIZE=str(world_size), LOCAL_RANK=str(number),
+                LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **env,
+            )
+            for number in range(world_size)
+        ]  # fmt: skip
+        if world_size > 1:
+            all_do(found, "join")
+        return found
 
     def run(self, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
         """Run the command line."""
@@ -215,6 +339,8 @@ class Place:
 
     def clear(self) -> None:
         """End everything the hard way."""
+        for rank in self.ranks:
+            rank.clear()
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -250,6 +376,8 @@ def new_place() -> Iterator[Place]:
     place = Place(base)
     try:
         yield place
+        for rank in place.ranks:
+            rank.clear()
         for process in place.processes:
             if process.is_running:
                 assert process.end() in (0, -signal.SIGTERM), process.text
