@@ -61,5 +61,5 @@ class Lifetime:
             self._lonely_since = None
         elif self._linger_s is not None:
             self._lonely_since = now if self._lonely_since is None else self._lonely_since
-            if not self._must_linger or now - self._lonely_since >= self._linger_s:
+            if not self._must_linger or now >= self._lonely_since + self._linger_s:
                 yield Exit(EXIT_DRAINED)

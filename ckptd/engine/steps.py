@@ -109,7 +109,7 @@ class Step:
         self, now: float, *, world_size: int, is_all_local: bool
     ) -> Try | Poll | End | None:
         """Return what is due for this step now, and mark it busy until the answer comes."""
-        is_late = self.doom is None and now - self.since >= self.timeout_s
+        is_late = self.doom is None and now >= self.since + self.timeout_s
         if self.is_busy or (now < self.due and not is_late):
             return None
         operation = self._operation(now, world_size, is_all_local=is_all_local)
@@ -119,7 +119,7 @@ class Step:
     def _operation(
         self, now: float, world_size: int, *, is_all_local: bool
     ) -> Try | Poll | End | None:
-        if self.doom is None and now - self.since >= self.timeout_s:
+        if self.doom is None and now >= self.since + self.timeout_s:
             missing = self.missing or tuple(r for r in range(world_size) if not self.has_written(r))
             self.doom = incomplete(self.key.id, missing, self.timeout_s)
         if self.doom is not None:

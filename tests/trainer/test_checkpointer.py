@@ -35,6 +35,7 @@ from ckptd.store.local import LocalStore
 from ckptd.store.memory import MemoryStore
 from ckptd.store.open import open_store
 from ckptd.trainer.checkpointer import Checkpointer
+from ckptd.trainer.link import Pending
 from tests.fakes.training import WAIT_S, Gate, GateStore, bits, make_state, same, train
 
 _numbers = itertools.count(1)
@@ -329,6 +330,23 @@ def test_a_failure_that_was_heard_from_the_handle_is_not_told_again(make: Make, 
     ckpt.close()
 
 
+def test_a_save_that_fails_at_once_is_told_by_the_next_one(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt = make()
+
+    def refuse(pending: Pending) -> None:
+        pending.let_go()
+        pending.handle.resolve(ConfigError(f"no daemon takes step {pending.handle.step}"))
+
+    monkeypatch.setattr(ckpt._link, "submit", refuse)
+    assert ckpt.save(1, make_state()).is_done
+    with pytest.raises(ConfigError, match="takes step 1"):
+        ckpt.save(2, make_state())
+    with pytest.raises(ConfigError, match="takes step 2"):
+        ckpt.close()
+
+
 @pytest.mark.parametrize("tell", ["wait", "close"])
 def test_d11_wait_and_close_tell_what_nobody_heard(make: Make, gate: Gate, tell: str) -> None:
     ckpt = make()
@@ -508,6 +526,7 @@ def test_e2_a_forked_child_is_refused_and_does_the_parents_one_no_harm(make: Mak
             ckpt.close()
             ckpt.__exit__(SystemExit, SystemExit(), None)  # as a `with` block in the child does
             ckpt._at_exit()
+            assert not ckpt._is_closed
             code = 0
         finally:
             os._exit(code)
