@@ -34,7 +34,10 @@ _PATROL_S = 5.0
 
 @dataclass
 class _Peer:
-    """A connection. `pidfd` becomes readable when the process at its other end dies."""
+    """A connection. `pidfd` becomes readable when the process at its other end dies.
+
+    `is_member` is True from its hello to its goodbye.
+    """
 
     number: int
     channel: Channel
@@ -42,6 +45,7 @@ class _Peer:
     pid: int
     since: float
     has_spoken: bool = False
+    is_member: bool = False
     waiting: int = 0
     is_leaving: bool = False
 
@@ -58,6 +62,8 @@ class Server:
         self._door = Door(listener, allowed_uids)
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, _Peer] = {}
+        # Peers whose connection ended, while their process still lived when last looked.
+        self._ghosts: dict[int, _Peer] = {}
         self._next = 1
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
@@ -91,6 +97,8 @@ class Server:
             self._obey()
             for peer in list(self._peers.values()):
                 self._hang_up(peer)
+            for peer in list(self._ghosts.values()):
+                self._lay(peer)
             self._door.close()
             self._selector.close()
             os.close(self._wake_in)
@@ -169,6 +177,11 @@ class Server:
         if isinstance(message, say.Arena):
             arena = Arena.adopt(peer.channel.take_fd(), message.slots, message.slot_bytes)
             self._runner.give_arena(peer.number, message.arena, arena)
+        if isinstance(message, say.Hello):
+            self._forget(peer.pid)
+        peer.is_member = (peer.is_member or isinstance(message, say.Hello)) and not isinstance(
+            message, say.Goodbye
+        )
         peer.has_spoken = True
         peer.waiting += 1
         # The channel decodes nothing but the union of what a trainer may say.
@@ -225,16 +238,38 @@ class Server:
                 self._interest(peer)
 
     def _lost(self, peer: _Peer) -> None:
-        """End a connection that broke, and tell the engine whether the process is dead too."""
+        """End a connection that broke, and tell the engine whether the process is dead too.
+
+        The kernel closes the sockets of a dying process before its pidfd says that it is dead, a
+        long time before where a device has to be released: the pidfd is watched on.
+        """
         if peer.number in self._peers:
             is_dead = _is_dead(peer)
-            self._hang_up(peer)
+            self._hang_up(peer, is_watched_on=not is_dead and peer.is_member)
             self._runner.post(ev.Gone(peer.number, is_dead=is_dead))
 
-    def _hang_up(self, peer: _Peer) -> None:
+    def _hang_up(self, peer: _Peer, *, is_watched_on: bool = False) -> None:
         del self._peers[peer.number]
         self._watch(peer, 0)
         peer.channel.close()
+        self._ghosts[peer.number] = peer
+        if peer.pidfd is None or not is_watched_on:
+            self._lay(peer)
+        else:
+            self._selector.modify(peer.pidfd, selectors.EVENT_READ, lambda: self._died(peer))
+
+    def _died(self, peer: _Peer) -> None:
+        if peer.number in self._ghosts:
+            self._lay(peer)
+            self._runner.post(ev.Gone(peer.number, is_dead=True))
+
+    def _forget(self, pid: int) -> None:
+        """Watch no more connections that a process had before: it has a new one."""
+        for peer in [ghost for ghost in self._ghosts.values() if ghost.pid == pid]:
+            self._lay(peer)
+
+    def _lay(self, peer: _Peer) -> None:
+        del self._ghosts[peer.number]
         if peer.pidfd is not None:
             self._selector.unregister(peer.pidfd)
             os.close(peer.pidfd)

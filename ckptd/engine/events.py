@@ -40,7 +40,10 @@ class Said(NamedTuple):
 
 
 class Gone(NamedTuple):
-    """A client's connection ended. `is_dead` is True where its process has ended too."""
+    """A client's connection ended. `is_dead` is True where its process has ended too.
+
+    A process that dies closes its sockets first: then this comes once without and once with it.
+    """
 
     client: int
     is_dead: bool

@@ -20,7 +20,7 @@ class Job:
 
     `newest` is the newest checkpoint of the line that is known to be committed. `dead` are ranks
     whose process ended without a goodbye. `closed` remembers the last verdicts by step, for parts
-    that come late.
+    that come late. `parted` has the last connection of each rank that ended without a goodbye.
     """
 
     root: str
@@ -31,6 +31,7 @@ class Job:
     steps: dict[StepId, Step] = field(default_factory=dict)
     closed: dict[StepId, Verdict] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
+    parted: dict[int, int] = field(default_factory=dict)
 
     def step_id(self, step: int) -> StepId:
         """Return the id of a step of this attempt.
@@ -66,6 +67,23 @@ class Job:
         for rank in self.dead:
             self.mourn(rank, opened)
         return opened
+
+    def welcome(self, rank: int) -> None:
+        """Note that a rank is here, again perhaps."""
+        self.dead.discard(rank)
+        self.parted.pop(rank, None)
+
+    def part(self, rank: int, client: int) -> None:
+        """Note that a rank's connection ended without a goodbye."""
+        self.parted[rank] = client
+
+    def bury(self, client: int) -> None:
+        """Note that the process at the other end of a connection is dead, unless it came back."""
+        for rank, last in self.parted.items():
+            if last == client:
+                self.dead.add(rank)
+                for step in self.steps.values():
+                    self.mourn(rank, step)
 
     def mourn(self, rank: int, step: Step) -> None:
         """Doom a step to which a dead rank has not delivered."""

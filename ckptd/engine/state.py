@@ -146,7 +146,7 @@ class Engine:
         job = self.jobs.setdefault(
             client.job, Job(hello.root, hello.attempt, hello.world_size, hello.token)
         )
-        job.dead.discard(hello.rank)
+        job.welcome(hello.rank)
         self._forget_older(hello)
         yield ev.Send(client.number, say.Welcome(say.PROTOCOL, 0, __version__))
 
@@ -160,18 +160,16 @@ class Engine:
 
     def _gone(self, event: ev.Gone, *, is_goodbye: bool = False) -> Iterator[Effect]:
         client = self.clients.get(event.client)
-        if client is None or not client.is_here:
-            return
-        client.is_here = False
-        client.is_settling = False
-        job = self.jobs.get(client.job)
-        if not is_goodbye:
-            self.lifetime.vanished()
-            if job is not None and event.is_dead:
-                job.dead.add(client.hello.rank)
-                for step in job.steps.values():
-                    job.mourn(client.hello.rank, step)
-        yield from self._let_go(client)
+        if client is not None and client.is_here:
+            client.is_here = client.is_settling = False
+            if not is_goodbye:
+                self.lifetime.vanished()
+                if client.job in self.jobs:
+                    self.jobs[client.job].part(client.hello.rank, client.number)
+            yield from self._let_go(client)
+        if event.is_dead:
+            for job in self.jobs.values():
+                job.bury(event.client)
 
     def _expel(
         self, client: Client, reason: str, kind: str = ProtocolError.__name__

@@ -163,7 +163,7 @@ trainer = FakeTrainer(socket, root, rank=1, world_size=2, commit_timeout_s=600.0
 trainer.connect()
 if deed == "offer":
     trainer.save(10, 1)
-if os.fork() == 0:
+if deed != "alone" and os.fork() == 0:
     time.sleep(600)
 print(json.dumps({"ready": True}), flush=True)
 time.sleep(600)
@@ -185,15 +185,14 @@ def kill_orphans(place: Place, *keep: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_k1_e2_a_rank_that_dies_before_its_handoff_is_named_although_a_child_holds_its_socket(
-    place: Place,
-) -> None:
+@pytest.mark.parametrize("deed", ["alone", "with a child that holds its socket"])
+def test_k1_e2_a_rank_that_dies_before_its_handoff_is_named(place: Place, deed: str) -> None:
     daemon = place.daemon()
     with FakeTrainer(
         place.socket(), place.root, rank=0, world_size=2, commit_timeout_s=600.0
     ) as trainer:
         trainer.connect()
-        other = mortal(place, "wait")
+        other = mortal(place, deed)
         trainer.save(10, 1)
         other.kill()
         word = refused(place, [trainer], 10)

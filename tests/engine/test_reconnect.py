@@ -98,3 +98,26 @@ def test_a_step_without_anything_due_asks_for_no_tick_before_its_timeout(bench: 
     bench.store(10, 1)
     bench.put(10, 1)
     assert bench.engine.next_due() == bench.now + 60.0
+
+
+def test_k1_a_process_that_is_dead_only_after_its_socket_was_closed_is_mourned(
+    bench: Bench,
+) -> None:
+    bench.join(1, rank=0, world_size=2)
+    bench.join(2, rank=1, world_size=2)
+    bench.say(1, handoff(10, 1))
+    assert not of(ev.End, bench.on(ev.Gone(2, is_dead=False)))
+    (end,) = of(ev.End, bench.on(ev.Gone(2, is_dead=True)))
+    assert end.outcomes[0].rank == 1
+
+
+def test_a_death_of_a_process_that_had_said_goodbye_or_came_back_ends_nothing(bench: Bench) -> None:
+    bench.join(1, rank=0, world_size=3)
+    bench.join(2, rank=1, world_size=3)
+    bench.join(3, rank=2, world_size=3)
+    bench.say(1, handoff(10, 1))
+    bench.on(ev.Gone(2, is_dead=False))
+    bench.join(4, rank=1, world_size=3)
+    assert not of(ev.End, bench.on(ev.Gone(2, is_dead=True)))
+    bench.say(3, say.Goodbye())
+    assert not of(ev.End, bench.on(ev.Gone(3, is_dead=True)))
