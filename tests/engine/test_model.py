@@ -143,6 +143,8 @@ class World(RuleBasedStateMachine):
                 if save.step == message.step and isinstance(message, say.Finished):
                     assert save.word is None or save.word.state == message.state
                     save.word = message
+                    part = PartKey(StepKey(ROOT, StepId(1, save.step)), trainer.rank, save.sequence)
+                    assert save.is_written or part not in self.put, "its slot is still held"
                 elif save.step == message.step:
                     is_there = stored.ranks.get(trainer.rank) == "part"
                     assert is_there or self.is_closed(save.step), "written before it was"
