@@ -125,8 +125,8 @@ def test_what_could_not_be_read_back_is_refused_when_it_is_written():
     for _ in range(MAX_DEPTH):
         deep = [deep]
     for record in (
-        rank_manifest(metrics={"loss": float("nan")}),  # JSON has only null
-        rank_manifest(metrics={"loss": float("inf")}),
+        rank_manifest(captured_at=float("nan")),  # JSON has only null
+        rank_manifest(captured_at=float("inf")),
         rank_manifest(values={"deep": deep}),
         rank_manifest(values={"big": 1 << 80}),
         rank_manifest(rank=8),
