@@ -53,7 +53,7 @@ def _held(leaf: Leaf) -> Held:
 
 def _coming(tensor: Predicted) -> Held:
     name = DTYPE_NAMES[tensor.dtype]
-    row = Tensor(tensor.fqn, name, tensor.shape, "optimizer", False, str(tensor.device))  # noqa: FBT003
+    row = Tensor(tensor.fqn, name, tensor.shape, "optimizer", False, str(tensor.device))
     return Held(row, (Box.full(tensor.shape),))
 
 
