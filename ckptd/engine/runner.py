@@ -161,7 +161,7 @@ class Runner:
         if store is None:
             store = open_store(hello.root, hello.storage_options)
             try:
-                check_root(store)
+                _retrying(lambda: check_root(store))
             except BaseException:
                 store.close()
                 raise

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ckptd import failpoints
+from ckptd import errors, failpoints
 from ckptd.errors import (
     CkptdError,
     ConfigError,
@@ -366,8 +366,9 @@ def _rest_of(port: Port) -> list[say.FromDaemon]:
 
 
 def _refusal(message: say.Refused) -> CkptdError:
-    if message.kind == DaemonUnavailableError.__name__:
-        return DaemonUnavailableError(message.reason)
+    kind = getattr(errors, message.kind, None)
+    if isinstance(kind, type) and issubclass(kind, CkptdError) and kind.retryable:
+        return DaemonUnavailableError(message.reason)  # it stops, or its store does not answer now
     if message.kind == ProtocolError.__name__:
         return ProtocolError(message.reason)
     return ConfigError(f"the daemon refused this job: {message.reason}")

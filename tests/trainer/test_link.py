@@ -263,9 +263,10 @@ def test_a_breach_of_the_protocol_fails_every_save(start) -> None:
     assert trainer.releases == [1]
 
 
-def test_p1_a_daemon_that_is_stopping_is_left_for_the_next_one(start) -> None:
+@pytest.mark.parametrize("kind", ["DaemonUnavailableError", "StoreUnavailableError"])
+def test_p1_a_daemon_that_cannot_now_is_asked_again(start, kind: str) -> None:
     def stopping(port: FakePort, message: say.FromTrainer) -> None:
-        port.answer(say.Refused("DaemonUnavailableError", "the daemon is stopping"))
+        port.answer(say.Refused(kind, "the daemon is stopping, or the store does not answer"))
 
     trainer = start(stopping, commit_all)
     trainer.save(1).result(WAIT_S)
