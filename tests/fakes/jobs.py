@@ -203,8 +203,10 @@ class Rank:
         os.kill(self.pid, number)
 
     def kill(self) -> None:
-        self.send(signal.SIGKILL)
-        self.wait()
+        """Kill it, if it was not waited for already."""
+        if self._code is None:
+            self.send(signal.SIGKILL)
+            self.wait()
 
     def wait(self) -> int:
         """Return the exit code; the number of the signal, negative, where one ended it."""
@@ -218,8 +220,7 @@ class Rank:
         return self.wait()
 
     def clear(self) -> None:
-        if self._code is None:
-            self.kill()
+        self.kill()
         with contextlib.suppress(OSError):
             self._lines.close()
         self._talk.close()
