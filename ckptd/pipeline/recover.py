@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ckptd.codec.records import decode_record
-from ckptd.errors import CheckpointError
+from ckptd.errors import CheckpointError, ObjectNotFoundError
 from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Outcome, RankManifest
@@ -48,6 +48,6 @@ def _world_size(store: Store, step: StepId, rank: int) -> int | None:
     try:
         data = store.get(key, max_bytes=MAX_RECORD_BYTES)
         return decode_record(data, RankManifest | Outcome, key=key).world_size
-    except CheckpointError as error:
+    except (CheckpointError, ObjectNotFoundError) as error:  # damaged, or pruned meanwhile
         log.warning("step %s is not whole: %s", step.short, error)
         return None

@@ -246,6 +246,22 @@ def test_d8_a_store_that_fails_now_and_then_is_tried_again(
             assert found == noise(step, trainer.bytes)
 
 
+def test_d8_a_rank_manifest_is_tried_again(bench: Bench, root: str, wrap) -> None:
+    left = iter([True] * 4)
+
+    class Slow(RecordingStore):
+        def _before(self, op: Op) -> None:
+            if op.name == "put_new" and op.key.startswith("ranks/") and next(left, False):
+                raise StoreUnavailableError(op.key, "no answer")
+
+    wrap(Slow)
+    trainer = Trainer(bench, root)
+    trainer.join()
+    trainer.save(10, 1)
+    assert trainer.word().state == "committed"
+    assert next(left, False) is False
+
+
 def test_d11_a_full_store_fails_the_part_at_once_with_its_reason(
     bench: Bench, root: str, wrap, caplog: pytest.LogCaptureFixture
 ) -> None:
