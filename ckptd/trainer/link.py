@@ -45,6 +45,7 @@ class Pending:
     arena: tuple[int, Arena] | None = None
     release: Callable[[], None] | None = None
     since: float = 0.0
+    is_sent: bool = False
     is_written: bool = False
 
     def let_go(self) -> None:
@@ -157,9 +158,14 @@ class Link:
         self._farewell()
 
     def _is_finished(self) -> bool:
-        """Over, and nothing that still has to reach a daemon."""
+        """Over, and nothing that still has to reach a daemon, also of what a dead one had."""
         with self._changed:
-            return self._is_over and (not self._outgoing or self._refused is not None)
+            if not self._is_over or self._refused is not None:
+                return self._is_over
+            is_orphaned = self._port is None and any(
+                not pending.is_written for pending in self._pending.values()
+            )
+            return not self._outgoing and not is_orphaned
 
     def _converse(self) -> None:
         """Do one round: have a conversation, send what waits, take what came."""
@@ -229,6 +235,7 @@ class Link:
                 # The daemon remembers four (engine.clients.MAX_RECIPES).
                 self._told_recipes = [*self._told_recipes, pending.recipe.recipe][-4:]
         failpoints.hit("link.send")
+        pending.is_sent = True
         port.send(message)
         failpoints.hit("link.sent")
 
@@ -328,13 +335,17 @@ class Link:
         for each in pending:
             alone_s = now - max(each.since, self._parted_at)
             if self._port is None and not each.is_written and alone_s > self._give_up_s:
-                reason = (
-                    f"step {each.handle.step}: no daemon took the snapshot in {self._give_up_s:g} s"
-                )
-                self._resolve(each, DaemonUnavailableError(reason))
+                self._resolve(each, self._abandoned(each))
             elif now - each.since > limit_s:
                 reason = f"step {each.handle.step}: no final word in {limit_s:.0f} s"
                 self._resolve(each, SaveUnknownError(reason, step=each.handle.step))
+
+    def _abandoned(self, pending: Pending) -> CkptdError:
+        step, waited = pending.handle.step, f"{self._give_up_s:g} s"
+        if not pending.is_sent:
+            return DaemonUnavailableError(f"step {step}: no daemon took the snapshot in {waited}")
+        reason = f"step {step}: the daemon that had it is gone and no other took it in {waited}"
+        return SaveUnknownError(f"{reason}; it may be committed all the same", step=step)
 
     def _farewell(self) -> None:
         port, self._port = self._port, None

@@ -10,6 +10,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Protocol, cast
 
@@ -30,6 +31,8 @@ log = logging.getLogger("ckptd.trainer")
 CONNECT_TIMEOUT_S = 5.0
 SEND_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
+TURN_TIMEOUT_S = 5.0
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Port(Protocol):
@@ -178,16 +181,33 @@ def start_daemon(path: str, env: Mapping[str, str]) -> None:
     Raises:
         DaemonUnavailableError: it did not come up; the log says why.
     """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    lock = os.open(path + ".start", flags, 0o600)
-    log_fd = os.open(path + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here and then find it running
+    with contextlib.ExitStack() as opened:
+        try:
+            lock = os.open(path + ".start", _FLAGS, 0o600)
+            opened.callback(os.close, lock)
+            log_fd = os.open(path + ".log", _FLAGS, 0o600)
+            opened.callback(os.close, log_fd)
+        except OSError as error:
+            raise DaemonUnavailableError(f"no daemon can be started on {path}: {error}") from error
+        _take_turn(lock, path)  # the others wait here and then find it running
         if not is_serving(path):
             _run_daemon(path, log_fd, env)
-    finally:
-        os.close(log_fd)
-        os.close(lock)
+
+
+def _take_turn(lock: int, path: str) -> None:
+    """Lock, but not for ever: whoever holds it may be stopped."""
+    deadline = time.monotonic() + TURN_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise DaemonUnavailableError(
+                    f"another process has been starting a daemon on {path} for "
+                    f"{TURN_TIMEOUT_S:.0f} s: {error}"
+                ) from error
+        time.sleep(0.05)
 
 
 def _run_daemon(path: str, log_fd: int, env: Mapping[str, str]) -> None:

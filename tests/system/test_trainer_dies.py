@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 
@@ -253,3 +254,66 @@ def test_p6_a_daemon_that_is_told_to_go_is_replaced_without_a_lost_save(
     store = place.store()
     assert assert_all_whole(store) == [1, 2, 3, 4, 5]
     store.close()
+
+
+def test_d5_a_save_whose_daemon_died_after_the_commit_is_unknown_never_failed(
+    place: Place, ranks: Ranks
+) -> None:
+    daemon = place.daemon("only", failpoints="commit.done=kill")
+    (rank,) = place.job(ranks, 1, CKPTD_SOCKET=daemon.socket)  # nobody starts another one
+    rank.do("build")
+    rank.do("open", root=place.root, busy_timeout_s=0.5)
+    rank.do("save", step=1)
+    assert daemon.wait() == -signal.SIGKILL
+    # Its part is known to be written, so it would be asked for much longer than busy_timeout_s.
+    assert rank.fail("result", step=1, timeout_s=1.0)["error"] == "SaveUnknownError"
+    place.daemon("only")
+    assert rank.do("result", step=1) == 1
+    rank.do("close")
+
+
+def test_d5_a_save_whose_daemon_died_with_it_is_unknown_when_no_other_comes(
+    place: Place, ranks: Ranks
+) -> None:
+    daemon = place.daemon("only", failpoints="chunk.put=kill")
+    (rank,) = place.job(ranks, 1, CKPTD_SOCKET=daemon.socket)
+    rank.do("build")
+    rank.do("open", root=place.root, busy_timeout_s=0.5)
+    rank.do("save", step=1)
+    said = rank.fail("result", step=1)
+    assert said["error"] == "SaveUnknownError"
+    assert "gone" in said["text"]
+    place.daemon("only")  # takes the place of the dead one's socket
+    rank.do("save", step=2)
+    assert rank.do("result", step=2) == 2
+    rank.do("close")
+
+
+def test_d6_a_script_that_ends_while_its_daemon_is_dead_hands_off_to_another(
+    place: Place, ranks: Ranks
+) -> None:
+    rank = start(place, ranks)
+    daemon = place.daemon(path_of(place), failpoints="chunk.put=kill")
+    rank.do("save", step=1)
+    assert daemon.wait() == -signal.SIGKILL
+    assert rank.end() == 0
+    wait_until(lambda: not place.pids(), "the other daemon finishes and leaves")
+    store = place.store()
+    assert assert_all_whole(store) == [1]
+    store.close()
+
+
+def test_p1_whoever_is_stopped_while_it_starts_a_daemon_does_not_keep_others(
+    place: Place, ranks: Ranks
+) -> None:
+    lock = os.open(path_of(place) + ".start", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (rank,) = place.job(ranks, 1, CKPTD_LINGER_S="0.5")
+    rank.do("build")
+    rank.do("open", root=place.root, busy_timeout_s=0.5)
+    rank.do("save", step=1)
+    assert rank.fail("result", step=1)["error"] == "DaemonUnavailableError"
+    os.close(lock)
+    rank.do("save", step=2)
+    assert rank.do("result", step=2) == 2
+    rank.do("close")
