@@ -28,7 +28,8 @@ def arm(spec: str) -> None:
     for part in filter(None, spec.split(";")):
         name, _, action = part.partition("=")
         action, _, nth = action.partition("@")
-        if not name or action not in _ACTIONS or not (nth or "1").isdigit():
+        is_count = (nth or "1").isdecimal() and int(nth or "1") > 0
+        if not name or action not in _ACTIONS or not is_count:
             raise ConfigError(f"CKPTD_FAILPOINTS: cannot read {part!r}; write name=kill@1")
         armed[name] = (action, int(nth or "1"))
     with _lock:

@@ -39,8 +39,11 @@ class Options(NamedTuple):
             if value not in allowed:
                 raise ConfigError(f"{name}={value!r}: write one of {', '.join(allowed)}")
         for name in ("busy_timeout_s", "commit_timeout_s", "meeting_timeout_s"):
-            if not 0 < getattr(self, name) < 1e7:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: write seconds, more than 0")
+            seconds = getattr(self, name)
+            if not isinstance(seconds, (int, float)) or not 0 < seconds < 1e7:
+                raise ConfigError(f"{name}={seconds!r}: write seconds, more than 0")
+        if not self.daemon and self.daemon is not False:
+            raise ConfigError(f"daemon={self.daemon!r}: write True, False or the path of a socket")
         if self.slots != "auto" and not (type(self.slots) is int and 1 <= self.slots <= 64):
             raise ConfigError(f"slots={self.slots!r}: write 'auto' or a number from 1 to 64")
         if self.url.startswith("memory://") and self.daemon is not False:
