@@ -19,10 +19,19 @@ from ckptd.engine import events as ev
 from ckptd.engine.events import Effect, Event
 from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.state import Engine
-from ckptd.errors import CkptdError, ProtocolError, SlotMovedError, StoreError
+from ckptd.errors import CkptdError, IncompleteError, ProtocolError, SlotMovedError, StoreError
 from ckptd.model import dtypes
 from ckptd.model.manifest import Chunk, RankManifest
-from ckptd.pipeline.commit import Proofs, end_step, put_outcome, put_rank, read_verdict, try_commit
+from ckptd.pipeline.commit import (
+    Proofs,
+    Verdict,
+    end_step,
+    give_up,
+    put_outcome,
+    put_rank,
+    read_verdict,
+    try_commit,
+)
 from ckptd.pipeline.threads import submit
 from ckptd.pipeline.write import ChunkWriter, Source
 from ckptd.shm.slots import Slot
@@ -229,7 +238,7 @@ class Runner:
             else:
                 for outcome in effect.outcomes:
                     put_outcome(store, outcome)
-                verdict = end_step(store, effect.step.id, effect.world_size, effect.verdict)
+                verdict = self._end(store, effect)
         except Exception as error:
             level = logging.WARNING if isinstance(error, CkptdError) else logging.ERROR
             log.log(level, "%s: %s", effect.step.id.short, error, exc_info=level == logging.ERROR)
@@ -240,6 +249,12 @@ class Runner:
             elif verdict.state == "committed":
                 log.info("committed step %s of %s", effect.step.id.short, effect.step.root)
             self.post(ev.Judged(effect.step, verdict))
+
+    def _end(self, store: Store, effect: ev.End) -> Verdict:
+        step, world_size, why = effect.step.id, effect.world_size, effect.verdict
+        if why.kind == IncompleteError.__name__:
+            return give_up(store, step, world_size, self._proofs, why)
+        return end_step(store, step, world_size, why)
 
     def _part_failed(self, part: ev.PartKey, error: Exception) -> None:
         is_ours = isinstance(error, (CkptdError, InterruptedError))

@@ -31,11 +31,14 @@ from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
 from ckptd.plan.commit import layout_key, manifest_of
+from ckptd.plan.table import join_ranks
 from ckptd.store.base import Store
 
 log = logging.getLogger(__name__)
 
 MAX_RECORD_BYTES = 256 << 20
+MAX_REASON_CHARS = 4000
+MAX_OUTCOME_BYTES = 32 << 10  # a reason of that many characters, each escaped, and the rest
 TOMBSTONE = b""
 
 State = Literal["committed", "failed", "skipped", "unknown", "waiting"]
@@ -140,16 +143,22 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
     Raises:
         StoreError: nothing is decided; ask again.
     """
-    parts = list(store.list(f"{keys.RANKS}{step}/"))
-    present = {found[1] for entry in parts if (found := keys.parse_rank(entry.key))}
+    sizes = {
+        found[1]: entry.bytes
+        for entry in store.list(f"{keys.RANKS}{step}/")
+        if (found := keys.parse_rank(entry.key)) and found[1] < world_size
+    }
+    missing = sorted(set(range(world_size)) - sizes.keys())
     records = []
     try:
-        for number in sorted(present & set(range(world_size))):
+        for number in sorted(sizes):
+            # As long as ranks are missing this is asked again and again: only an outcome counts.
+            if missing and sizes[number] > MAX_OUTCOME_BYTES:
+                continue
             record, size, digest = _read_rank(store, step, number)
             if isinstance(record, Outcome):
                 return end_step(store, step, world_size, _of_outcome(record))
             records.append((record, size, digest))
-        missing = sorted(set(range(world_size)) - present)
         if missing:
             verdict = read_verdict(store, step, world_size)
             return verdict._replace(ranks=tuple(missing)) if verdict.state == "waiting" else verdict
@@ -176,15 +185,27 @@ def end_step(store: Store, step: StepId, world_size: int, why: Verdict) -> Verdi
     return why
 
 
+def give_up(
+    store: Store, step: StepId, world_size: int, proofs: Proofs, why: Verdict
+) -> Verdict:  # fmt: skip
+    """End a step whose time is over, unless it turns out to be whole: then commit it.
+
+    `why` may blame ranks of other nodes only because nothing was heard of them here; the verdict
+    names those that are not in the store.
+
+    Raises:
+        StoreError: nothing is decided; ask again.
+    """
+    verdict = try_commit(store, step, world_size, proofs)
+    if verdict.state == "waiting":
+        verdict = end_step(store, step, world_size, why._replace(ranks=verdict.ranks))
+    return verdict if verdict == COMMITTED else read_verdict(store, step, world_size)
+
+
 def incomplete(step: StepId, missing: Sequence[int], timeout_s: float) -> Verdict:
     """Return the verdict on a step some of whose ranks did not deliver in time."""
-    ranks = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-    return Verdict(
-        "failed",
-        IncompleteError.__name__,
-        f"step {step.step}: rank {ranks} delivered nothing within {timeout_s:.0f} s",
-        ranks=tuple(missing),
-    )
+    reason = f"step {step.step}: {join_ranks(missing)} delivered nothing within {timeout_s:.0f} s"
+    return Verdict("failed", IncompleteError.__name__, reason, ranks=tuple(missing))
 
 
 def verdict_of(error: CkptdError) -> Verdict:
@@ -277,11 +298,11 @@ def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
             manifest_of(parts)
     except (CheckpointError, LayoutError) as error:
         return verdict_of(error)
-    reason = (
-        f"step {step.step} was ended by a tombstone; rank manifests missing: {missing or 'none'}"
-    )
-    kind = IncompleteError if missing else SaveFailedError
-    return Verdict("failed", kind.__name__, reason, ranks=missing)
+    if missing:
+        reason = f"step {step.step}: {join_ranks(missing)} delivered nothing before it was given up"
+        return Verdict("failed", IncompleteError.__name__, reason, ranks=missing)
+    reason = f"step {step.step} was ended by a tombstone, though all its ranks had delivered"
+    return Verdict("failed", SaveFailedError.__name__, reason)
 
 
 def new_outcome(
@@ -290,5 +311,12 @@ def new_outcome(
 ) -> Outcome:  # fmt: skip
     """Build the record that stands in place of a rank manifest."""
     return Outcome(
-        FORMAT, step.step, step.attempt, rank, world_size, sequence, state, reason[:4000]
+        FORMAT,
+        step.step,
+        step.attempt,
+        rank,
+        world_size,
+        sequence,
+        state,
+        reason[:MAX_REASON_CHARS],
     )

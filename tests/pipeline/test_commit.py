@@ -19,10 +19,12 @@ from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest
 from ckptd.pipeline.commit import (
     COMMITTED,
+    MAX_OUTCOME_BYTES,
     TOMBSTONE,
     Proofs,
     Verdict,
     end_step,
+    give_up,
     incomplete,
     new_outcome,
     put_outcome,
@@ -308,11 +310,72 @@ def test_d9_a_step_that_was_ended_for_missing_ranks_names_them_on_every_node(
 ) -> None:
     Save(STEP, 3).deliver(store, 1)
     why = incomplete(STEP, [0, 2], 600.0)
-    assert "rank 0, 2" in why.reason
+    assert "ranks 0, 2" in why.reason
     assert "600 s" in why.reason
     assert end_step(store, STEP, 3, why) == why
     found = read_verdict(store, STEP, 3)
     assert (found.state, found.kind, found.ranks) == ("failed", "IncompleteError", (0, 2))
+
+
+def test_d9_giving_up_names_the_ranks_that_are_not_in_the_store(store: MemoryStore) -> None:
+    """A daemon knows only its own ranks, and must not blame the others."""
+    save = Save(STEP, 4)
+    for rank in (0, 2, 3):
+        save.deliver(store, rank)
+    why = incomplete(STEP, [0, 1, 3], 600.0)
+    verdict = give_up(store, STEP, 4, Proofs(), why)
+    assert (verdict.state, verdict.kind, verdict.ranks) == ("failed", "IncompleteError", (1,))
+    assert "rank 1 delivered nothing" in verdict.reason
+    assert terminal(store) == TOMBSTONE
+    assert read_verdict(store, STEP, 4) == verdict
+    assert give_up(store, STEP, 4, Proofs(), why) == verdict
+
+
+def test_giving_up_a_step_that_turns_out_whole_commits_it(store: MemoryStore) -> None:
+    save = Save(STEP)
+    save.deliver_all(store)
+    assert give_up(store, STEP, 2, Proofs(), incomplete(STEP, [1], 600.0)) == COMMITTED
+
+
+def test_giving_up_finds_the_reason_that_another_rank_left(store: MemoryStore) -> None:
+    put_outcome(store, OUTCOME)
+    verdict = give_up(store, STEP, 2, Proofs(), incomplete(STEP, [0, 1], 600.0))
+    assert "the disk is full" in verdict.reason
+
+
+@pytest.mark.parametrize("wrap", [silent, lost])
+def test_giving_up_decides_nothing_without_an_answer(store: MemoryStore, wrap) -> None:
+    Save(STEP).deliver(store, 0)
+    why = incomplete(STEP, [1], 600.0)
+    if wrap is silent:
+        with pytest.raises(StoreUnavailableError):
+            give_up(silent(store), STEP, 2, Proofs(), why)
+        assert read_verdict(store, STEP, 2).state == "waiting"
+    else:
+        assert give_up(lost(store), STEP, 2, Proofs(), why).ranks == (1,)
+
+
+def test_as_long_as_ranks_are_missing_large_records_are_not_read(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckptd.pipeline import commit
+
+    monkeypatch.setattr(commit, "MAX_OUTCOME_BYTES", 400)
+    save = Save(STEP, 3)
+    save.deliver(store, 0)
+    recording = RecordingStore(store)
+    assert save.commit(recording).ranks == (1, 2)
+    assert [op for op in recording.ops if op.name == "get" and op.key.startswith("ranks/")] == []
+    put_outcome(store, OUTCOME)
+    assert save.commit(store).ranks == (1,)
+
+
+@pytest.mark.parametrize("text", ["x", "\0", "\u2028", "\U0001f600", '"', "\ud7ff"])
+def test_any_outcome_is_small_enough_to_be_read_at_once(store: MemoryStore, text: str) -> None:
+    record = new_outcome(StepId(9999, 10**12 - 1), 99_999, 100_000, 1 << 47, "skipped", text * 9999)
+    put_outcome(store, record)
+    (entry,) = store.list("ranks/")
+    assert entry.bytes <= MAX_OUTCOME_BYTES
 
 
 def test_many_missing_ranks_do_not_fill_the_message() -> None:
