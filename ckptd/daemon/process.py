@@ -25,6 +25,7 @@ from ckptd.wire.address import Listener, listen, unlisten
 log = logging.getLogger("ckptd.daemon")
 
 EXIT_CRASHED = 1
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
@@ -40,10 +41,13 @@ def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: boo
         ConfigError: the socket's place cannot be used.
     """
     failpoints.arm(env.get("CKPTD_DAEMON_FAILPOINTS", ""))
+    # From before there is a socket to leave behind until `_take_signals`, a signal waits.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
         listener = listen(config.socket)
-    except AlreadyServingError:
-        if is_detached:
+    except BaseException as error:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+        if is_detached and isinstance(error, AlreadyServingError):
             return 0
         raise
     # No thread runs yet, so a fork is safe; the lock goes along with the descriptor.
@@ -90,7 +94,7 @@ def _serve(config: DaemonConfig, listener: Listener) -> int:
 
 
 def _take_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPPING:
         signal.signal(number, handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Python handles a signal between two bytecodes of the main thread, which sits in select():
@@ -99,6 +103,7 @@ def _take_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     ours.settimeout(0)
     signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
     _kept_open.extend((ours, theirs))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
 
 
 _kept_open: list[socket.socket] = []
