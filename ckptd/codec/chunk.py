@@ -166,7 +166,7 @@ class Encoder:
         return Encoded(_chunk_hash(dtype, len(raw), blocks), at)
 
 
-def read_header(head: Buffer, *, hash: str, dtype: str, raw_bytes: int) -> Header:  # noqa: A002 - the field's name everywhere
+def read_header(head: Buffer, *, hash: str, dtype: str, raw_bytes: int) -> Header:  # noqa: A002
     """Read the header at the start of `head` and check that it is the one of this chunk.
 
     Args:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import msgspec
 
 from ckptd.model.keys import StepId
@@ -74,7 +72,7 @@ class Checkpoint(msgspec.Struct, frozen=True):
             previous=manifest.previous,
             bytes=manifest.raw_bytes,
             stored_bytes=manifest.stored_bytes,
-            metrics={k: math.nan if v is None else v for k, v in manifest.metrics.items()},
+            metrics=manifest.numbers,
             tensors=tuple(TensorSummary.of(tensor) for tensor in manifest.tensors),
             aliases=manifest.aliases,
             differing=manifest.differing,

@@ -40,4 +40,3 @@ _TABLE = (
     Dtype(21, "float8_e8m0fnu", 1),
 )
 BY_NAME = {dtype.name: dtype for dtype in _TABLE}
-BY_CODE = {dtype.code: dtype for dtype in _TABLE}

@@ -76,9 +76,9 @@ class RankManifest(
     the rank followed, None where it wrote all it holds; `layout` the digest of its own layout.
     `fingerprints` (8 bytes a tensor, only where `plan` is None) are samples of the contents of
     parameters and optimizer tensors, so that a commit can tell replicas that differ; zeros mean
-    "not sampled". A metric that is not a finite number is None. `previous` is the checkpoint before this one on the line. `parent` is the
-    committed checkpoint from which chunks are borrowed. `captured_at` is the trainer's clock, in
-    seconds since 1970, for people only.
+    "not sampled". A metric that is not a finite number is None. `previous` is the checkpoint before
+    this one on the line. `parent` is the committed checkpoint from which chunks are borrowed.
+    `captured_at` is the trainer's clock, in seconds since 1970, for people only.
     """
 
     format: int
@@ -168,7 +168,7 @@ class Outcome(
 
 
 class RankEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A rank manifest that a commit names: its length in the store, and the xxh3-128 of its bytes."""
+    """A rank manifest that a commit names: its stored length, and the xxh3-128 of its bytes."""
 
     rank: int
     bytes: int
@@ -203,6 +203,11 @@ class Manifest(
     def id(self) -> StepId:
         """Step and attempt."""
         return StepId(attempt=self.attempt, step=self.step)
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The metrics as they were: not a number where null stands."""
+        return {name: math.nan if v is None else v for name, v in self.metrics.items()}
 
     def check(self) -> None:
         """Check what types cannot say.

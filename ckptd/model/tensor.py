@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -72,7 +73,7 @@ class Held(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
     is_replicated: bool = False
 
 
-class Layout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class Layout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, dict=True):
     """Everything that one rank holds, in FQN order, and the other names of tied tensors.
 
     `aliases` maps a second name of a tensor to the name under which it stands in `held`.
@@ -82,7 +83,14 @@ class Layout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     aliases: dict[str, str] = {}
 
     def digest(self) -> str:
-        """Return 32 hex digits that are equal for equal layouts (the tensors' devices left out)."""
+        """Return 32 hex digits that are equal for equal layouts (the tensors' devices left out).
+
+        Computed once: nobody changes `aliases` after that.
+        """
+        return self._digest
+
+    @cached_property  # in the instance's dict, which is no part of its value nor of its bytes
+    def _digest(self) -> str:
         rows = [
             (h.tensor.fqn, h.tensor.dtype, h.tensor.shape, h.tensor.kind, h.tensor.requires_grad,
              h.boxes, h.is_replicated)

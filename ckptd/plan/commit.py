@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,18 +16,11 @@ from ckptd.plan.coverage import prove_coverage
 from ckptd.plan.replicas import check_replicas
 from ckptd.plan.table import group_ranks, join_ranks, merge_aliases, merge_tensors
 
-
-class CommitPart(NamedTuple):
-    """A checked rank manifest, the length of its stored bytes and their xxh3-128; any tuple does."""
-
-    record: RankManifest
-    bytes: int
-    hash: str
+# A checked rank manifest, the length of its stored bytes, and their xxh3-128.
+CommitPart = tuple[RankManifest, int, str]
 
 
-def manifest_of(
-    parts: Sequence[tuple[RankManifest, int, str]], *, is_layout_proven: bool = False
-) -> Manifest:
+def manifest_of(parts: Sequence[CommitPart], *, is_layout_proven: bool = False) -> Manifest:
     """Make the manifest of a step from the manifests of all its ranks, in any order.
 
     The result depends on nothing else: whoever commits makes the same bytes. With
@@ -69,7 +61,7 @@ def manifest_of(
     )
 
 
-def layout_key(parts: Sequence[tuple[RankManifest, int, str]]) -> str:
+def layout_key(parts: Sequence[CommitPart]) -> str:
     """Return 32 hex digits under which a proof of coverage may be kept.
 
     Equal for steps whose ranks held the same and wrote the same boxes of it.
@@ -105,7 +97,7 @@ def _check_one_save(records: Sequence[RankManifest]) -> None:
 
 
 def _fingerprints(manifest: RankManifest) -> dict[tuple[str, tuple[Box, ...]], int]:
-    """Return the fingerprints by what they are of: the boxes of a tensor, as the rank wrote them."""
+    """Return the fingerprints by what they are of: the boxes of a tensor as the rank wrote them."""
     if manifest.plan is not None:
         return {}
     boxes: dict[int, list[Box]] = {}

@@ -13,7 +13,7 @@ from ckptd.model.keys import StepId
 _STEP_TEXT = re.compile(r"([0-9]{1,12})(?:-([0-9]{1,4}))?", re.ASCII)
 
 
-class Listed(Protocol):
+class HasKey(Protocol):
     """An object in a listing of a store, as much of it as counts here."""
 
     @property
@@ -30,21 +30,19 @@ class Listed(Protocol):
 
 
 class Commit(NamedTuple):
-    """An object under a commit key. `committed_at` is the store's time, for people and ages only."""
+    """An object under a commit key. `committed_at` is the store's time, for people and ages."""
 
     id: StepId
     bytes: int
     committed_at: float
 
 
-def parse_commits(entries: Iterable[Listed]) -> list[Commit]:
+def parse_commits(entries: Iterable[HasKey]) -> list[Commit]:
     """Return the committed steps of a listing of ``checkpoints/``, by attempt and then step."""
-    return [commit for commit in _parse(entries) if commit.bytes]
-
-
-def parse_tombstones(entries: Iterable[Listed]) -> list[Commit]:
-    """Return the steps of a listing that will never be committed, or are no more."""
-    return [commit for commit in _parse(entries) if not commit.bytes]
+    # Zero bytes are a tombstone: a step that will never be committed, or is no more.
+    parsed = ((keys.parse_checkpoint(entry.key), entry) for entry in entries if entry.bytes)
+    found = [Commit(id_, entry.bytes, entry.modified_s) for id_, entry in parsed if id_]
+    return sorted(found, key=lambda commit: commit.id)
 
 
 def newest(commits: Iterable[Commit]) -> Commit | None:
@@ -54,14 +52,6 @@ def newest(commits: Iterable[Commit]) -> Commit | None:
     its own steps, not from the higher ones that it left behind.
     """
     return max(commits, key=lambda commit: commit.id, default=None)
-
-
-def find(commits: Iterable[Commit], step: int, attempt: int | None = None) -> Commit | None:
-    """Return a commit of this step, of the highest attempt that has it if `attempt` is None.
-
-    To find a step on the line, pass what `line` gives.
-    """
-    return newest(c for c in commits if c.id.step == step and attempt in (None, c.id.attempt))
 
 
 def line(
@@ -97,9 +87,3 @@ def parse_step_text(text: str) -> tuple[int, int | None]:
     if match is None or (match[2] is not None and int(match[2]) == 0):
         raise ConfigError(f"not a step: {text[:80]!r}; write 1000, or 1000-0007 with its attempt")
     return int(match[1]), int(match[2]) if match[2] else None
-
-
-def _parse(entries: Iterable[Listed]) -> list[Commit]:
-    parsed = ((keys.parse_checkpoint(entry.key), entry) for entry in entries)
-    found = [Commit(id_, entry.bytes, entry.modified_s) for id_, entry in parsed if id_]
-    return sorted(found, key=lambda commit: commit.id)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -241,6 +242,15 @@ def test_the_digest_of_a_layout_leaves_out_devices_and_nothing_else():
         Layout(own.held),
     ]
     assert len({digest, *(other.digest() for other in others)}) == 1 + len(others)
+
+
+def test_a_layout_computes_its_digest_once_and_stays_the_same_value(monkeypatch):
+    own, other = (Layout((Held(W, (Box.full((4, 8)),)),), {"tied": "w"}) for _ in range(2))
+    digest = own.digest()
+    monkeypatch.setattr(xxhash, "xxh3_128_hexdigest", lambda _: "another")
+    assert own.digest() == digest
+    assert (own, msgspec.msgpack.encode(own)) == (other, msgspec.msgpack.encode(other))
+    assert replace(own, aliases={}).digest() == "another"
 
 
 def test_bytes_of_a_tensor_are_those_of_the_whole():

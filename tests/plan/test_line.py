@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from ckptd.errors import ConfigError
 from ckptd.model import keys
 from ckptd.model.keys import StepId
-from ckptd.plan.line import Commit, find, line, newest, parse_commits, parse_step_text
-from ckptd.plan.line import parse_tombstones as tombstones
+from ckptd.plan.line import Commit, line, newest, parse_commits, parse_step_text
 
 
 class Object(NamedTuple):
@@ -37,7 +36,6 @@ def test_tombstones_are_no_commits_and_strange_keys_are_nothing():
     strange = [Object("checkpoints/latest", 5, 0.0), Object("ranks/000000000001-0001/00000", 5, 0)]
     entries = [*listing("10-0001"), *listing("20-0001", size=0), *strange]
     assert parse_commits(entries) == [Commit(StepId(1, 10), 100, -0.0)]
-    assert names(tombstones(entries)) == ["20-0001"]
 
 
 def test_r1_the_newest_is_of_the_highest_attempt_not_the_highest_step_nor_time():
@@ -50,14 +48,6 @@ def test_r1_the_newest_is_of_the_highest_attempt_not_the_highest_step_nor_time()
 def test_r1_an_attempt_that_has_only_tombstones_does_not_count():
     entries = [*listing("10-0001"), *listing("20-0002", size=0)]
     assert names([newest(parse_commits(entries))]) == ["10-0001"]
-
-
-def test_find_takes_the_highest_attempt_unless_told():
-    every = commits("10-0001", "10-0003", "20-0002")
-    assert names([find(every, 10)]) == ["10-0003"]
-    assert names([find(every, 10, 1)]) == ["10-0001"]
-    assert find(every, 10, 2) is None
-    assert find(every, 30) is None
 
 
 def test_r1_the_line_leaves_out_steps_that_a_restart_left_behind():
