@@ -1,4 +1,4 @@
-"""Settings of a daemon, and the only place that reads them from the environment."""
+"""Settings of a daemon, and how they are read from an environment that the caller gives."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class DaemonConfig(msgspec.Struct, frozen=True):
     """
 
     socket: str
-    linger_s: float | None = None
-    drain_s: float = 25.0
-    workers: int | None = None
-    nice: int = 10
-    metrics_address: str | None = None
-    log_level: str = "info"
+    linger_s: float | None
+    drain_s: float
+    workers: int | None
+    nice: int
+    metrics_address: str | None
+    log_level: str
 
 
 def daemon_config(env: Mapping[str, str], *, socket: str, is_on_demand: bool) -> DaemonConfig:
