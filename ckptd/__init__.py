@@ -9,6 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ckptd.errors import (
+    CheckpointError,
+    CkptdError,
+    ConfigError,
+    LayoutError,
+    SaveFailedError,
+    StoreError,
+    TornRestoreError,
+)
 from ckptd.version import __version__
 
 _HOMES = {
@@ -17,17 +26,32 @@ _HOMES = {
     "Handle": "ckptd.trainer.handle",
     "PerRank": "ckptd.trainer.values",
     "RNGState": "ckptd.trainer.rng",
-    "Resumed": "ckptd.trainer.resuming",
+    "Resumed": "ckptd.trainer.filling",
     "errors": "ckptd.errors",
 }
 
-__all__ = ["Checkpoint", "Checkpointer", "Handle", "PerRank", "RNGState", "Resumed", "__version__"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Checkpointer",
+    "CkptdError",
+    "ConfigError",
+    "Handle",
+    "LayoutError",
+    "PerRank",
+    "RNGState",
+    "Resumed",
+    "SaveFailedError",
+    "StoreError",
+    "TornRestoreError",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from ckptd.model.checkpoint import Checkpoint
     from ckptd.trainer.checkpointer import Checkpointer
+    from ckptd.trainer.filling import Resumed
     from ckptd.trainer.handle import Handle
-    from ckptd.trainer.resuming import Resumed
     from ckptd.trainer.rng import RNGState
     from ckptd.trainer.values import PerRank
 

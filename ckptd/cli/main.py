@@ -53,7 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     epilog=EXIT_CODES,
-    help="Durable checkpoints of distributed training. SRC and ROOT are paths or URLs.",
+    help="Durable checkpoints of distributed training. SRC and ROOT are folders of roots.",
 )
 
 

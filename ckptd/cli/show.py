@@ -23,7 +23,7 @@ def command(
     src: Annotated[
         str,
         typer.Argument(
-            metavar="SRC", help="Path or URL of a root or checkpoint.", show_default=False
+            metavar="SRC", help="Folder (or file:// URL) of a root.", show_default=False
         ),
     ],
     *,

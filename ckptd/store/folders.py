@@ -146,7 +146,7 @@ def _open_root(path: str) -> int:
             raise StoreAccessDeniedError(
                 "", f"{path} is a symbolic link; give the folder that it points to"
             ) from None
-        raise ConfigError(f"{path} is not a folder; give an empty or a new one") from None
+        raise ConfigError(f"{path} is a file, not the folder of a ckptd root") from None
 
 
 def _make_root(path: str) -> None:

@@ -41,6 +41,8 @@ def _name(name: object, value: object) -> str:
 def _number(name: object, value: object) -> float:
     if isinstance(value, (str, bytes)):
         raise _refusal(name, value)
+    if hasattr(value, "detach"):  # a tensor that requires a gradient would warn
+        value = value.detach()
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError, RuntimeError):  # of a tensor with many elements

@@ -5,9 +5,8 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -26,15 +25,18 @@ from ckptd.store.open import normalise_url, open_store
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import check_step, numbers_of
 from ckptd.trainer.attempts import start_attempt
+from ckptd.trainer.filling import Request, Resumed
 from ckptd.trainer.flatten import Flat, flatten
 from ckptd.trainer.handle import Handle
-from ckptd.trainer.layouts import fingerprints, layout_of, predicted_layout
+from ckptd.trainer.layouts import fingerprints, layout_of
 from ckptd.trainer.link import Link, Pending
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 from ckptd.trainer.ports import hello_of, open_port
-from ckptd.trainer.resuming import Resumed, Resuming
+from ckptd.trainer.preparing import Preparation
+from ckptd.trainer.resuming import Resuming
 from ckptd.trainer.snapshots import Captured, Cut, Snapshots
+from ckptd.trainer.stored import MapLocation, Rename
 from ckptd.wire import messages as say
 
 log = logging.getLogger("ckptd.trainer")
@@ -86,6 +88,7 @@ class Checkpointer:
             storage_options or {}, commit_timeout_s, meeting_timeout_s, allow_pickle,
         )  # fmt: skip
         self.options.check()
+        self.options.check_daemon(os.environ)
         failpoints.arm(os.environ.get("CKPTD_FAILPOINTS", ""))
         self._pid = os.getpid()
         self._meeting = Meeting.of_job(self.options.url)
@@ -103,13 +106,13 @@ class Checkpointer:
             partial(open_port, self.options), hello_of(self.options, self._meeting, self.attempt),
             give_up_s=busy_timeout_s,
         )  # fmt: skip
+        self._preparation = Preparation(self.options, self._agreement, self._snapshots)
         self._resuming = Resuming(self.options, self._meeting)
         self._resumed_from: StepId | None = None
         self._flat: Flat | None = None
         self._layout: tuple[Any, Any, str] | None = None  # signature, layout, digest
         self._handles: list[Handle] = []
         self._sequence = 0
-        self._preparing: threading.Thread | None = None
         self._is_closed = False
         atexit.register(self._at_exit)
 
@@ -127,7 +130,8 @@ class Checkpointer:
         """Copy the state and go on training; the daemon makes it durable.
 
         Every rank calls it with the same step. Steps only grow; saving the step just saved returns
-        the same handle. With `wait`, return only after the commit, or raise after `deadline_s`.
+        the same handle, or raises if that save failed: a step is saved once in an attempt. With
+        `wait`, return only after the commit, or raise after `deadline_s`.
 
         Raises:
             LayoutError: the state cannot be stored; nothing was, and the other ranks hear of it.
@@ -139,6 +143,7 @@ class Checkpointer:
         self._check_usable()
         last = self._handles[-1] if self._handles else None
         if last is not None and step == last.step:
+            last.raise_again()
             return last
         check_step(step, after=None if last is None else last.step)
         handle = Handle(step, self._sequence + 1, self._load)
@@ -162,28 +167,7 @@ class Checkpointer:
             LayoutError: the state cannot be stored.
         """
         self._check_usable()
-        layout = predicted_layout(state, allow_pickle=self.options.allow_pickle)
-        flat = flatten(state, allow_pickle=self.options.allow_pickle)
-        samples = dict(
-            zip((leaf.fqn for leaf in flat.leaves), fingerprints(flat.leaves), strict=True)
-        )
-        rows = [samples.get(held.tensor.fqn, 0) for held in layout.held]
-        self._agreement.prepare(layout, np.array(rows, "<u8").tobytes())
-        digest = layout.digest()
-
-        def reserve() -> None:
-            self._agreement.wait_planned(self.options.plan_timeout_s)
-            agreed = self._agreement.planned(layout)
-            share = agreed.share if agreed else whole_share(layout)
-            cut = self._snapshots.cut(layout, digest, agreed.plan if agreed else None, share)
-            try:
-                self._snapshots.reserve(cut.packed.slot_bytes, is_faulted=True)
-                self._snapshots.lay_out(cut)
-            except CkptdError as error:
-                log.error("slots could not be reserved ahead: %s", error)  # noqa: TRY400 - save raises it
-
-        self._preparing = threading.Thread(target=reserve, name="ckptd-prepare", daemon=True)
-        self._preparing.start()
+        self._preparation.start(state)
 
     # --- resuming ------------------------------------------------------------------------------
 
@@ -193,15 +177,18 @@ class Checkpointer:
         *,
         step: int | None = None,
         strict: bool = True,
-        rename: Any = None,
-        map_location: Any = None,
+        rename: Rename | None = None,
+        map_location: MapLocation = None,
+        trust_pickle: bool = False,
     ) -> Resumed | None:
         """Fill the live objects of `state` from the newest whole checkpoint, on all ranks alike.
 
         Every rank calls it, once, before the first save. None if the root holds no checkpoint yet.
+        `trust_pickle` opens stored pickles, which can run any code.
 
         Raises:
             LayoutError: state and checkpoint do not fit; nothing was changed.
+            CorruptError: `step` was named and is damaged, or no checkpoint can be read at all.
             CheckpointError: there are checkpoints, but none is whole; nothing was changed.
             TornRestoreError: none is whole, and the objects were changed half: do not use them.
             StoreError: the store did not answer; that is never taken for "no checkpoint".
@@ -210,9 +197,17 @@ class Checkpointer:
         self._check_usable()
         if self._sequence:
             raise ConfigError("resume comes before the first save of a Checkpointer")
-        self._link.settle(self.options.settle_timeout_s)
+        if not self._link.settle(self.options.settle_timeout_s):
+            log.warning(
+                "the daemon still writes what an earlier attempt handed off, or none answers: "
+                "an older checkpoint may be taken than there could be"
+            )
+        meeting = self._meeting
         resumed = self._resuming.run(
-            state, step=step, strict=strict, rename=rename, map_location=map_location
+            Request(
+                state, strict, rename, map_location, trust_pickle, meeting.rank, meeting.world_size
+            ),
+            step,
         )
         if resumed is not None:
             self._resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
@@ -341,14 +336,14 @@ class Checkpointer:
         self._link.submit(Pending(handle, message))
 
     @contextmanager
-    def _forfeiting(self, handle: Handle) -> Any:
+    def _forfeiting(self, handle: Handle) -> Iterator[None]:
         """Tell the other ranks when this one raises instead of delivering."""
         try:
             yield
         except Exception as error:
             is_ours = isinstance(error, CkptdError)
             self._forfeit(handle, "failed", str(error) if is_ours else repr(error))
-            handle.tell()
+            handle.refuse(error)
             raise
 
     def _raise_untold(self, current: Handle | None) -> None:
@@ -388,8 +383,7 @@ class Checkpointer:
         self._agreement.close()
         self._link.close()
         self._snapshots.close()
-        if self._preparing is not None:
-            self._preparing.join()
+        self._preparation.join()
         self._meeting.close()
 
     def _at_exit(self) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
-from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest, Tree
 from ckptd.pipeline.catalog import read_manifest, read_rank, read_ranks
@@ -19,12 +18,30 @@ from ckptd.store.base import Store
 from ckptd.trainer import rng
 from ckptd.trainer.rebuild import RestorePlan, Restorer
 from ckptd.trainer.rng import RNGState
+from ckptd.trainer.stored import MapLocation, Rename
 from ckptd.trainer.values import PerRank
 
-if TYPE_CHECKING:
-    from ckptd.trainer.resuming import Resumed
-
 log = logging.getLogger("ckptd.trainer")
+
+
+class Resumed(NamedTuple):
+    """What was restored.
+
+    `values` are the entries of the state that are plain values, as they were saved. `source` says
+    where the bytes came from: ``store``. With ``strict=False``, `missing` are names that the state
+    wanted and the checkpoint did not hold; `unused` are names that it held and nobody wanted.
+    `surplus` lists, on every rank, what ranks of the old world kept for themselves and nobody took
+    over, as ``name@rank``.
+    """
+
+    step: int
+    attempt: int
+    metrics: dict[str, float]
+    values: dict[str, Any]
+    source: Literal["store"]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
+    surplus: tuple[str, ...]
 
 
 class Request(NamedTuple):
@@ -32,8 +49,9 @@ class Request(NamedTuple):
 
     state: Mapping[str, object]
     strict: bool
-    rename: Any
-    map_location: Any
+    rename: Rename | None
+    map_location: MapLocation
+    trust_pickle: bool
     rank: int
     world_size: int
 
@@ -66,7 +84,7 @@ class Filling:
         tensors = {tensor.fqn: tensor for tensor in manifest.tensors}
         restorer = Restorer(
             request.state, strict=request.strict, rename=request.rename,
-            map_location=request.map_location,
+            map_location=request.map_location, trust_pickle=request.trust_pickle,
         )  # fmt: skip
         self._plan = restorer.wanted(tensors, manifest.aliases, {**own.values, **self._values})
         wanted = [Wanted(t.fqn, Box.full(tuple(t.tensor.shape))) for t in self._plan.targets]
@@ -94,13 +112,11 @@ class Filling:
 
     def resumed(self) -> Resumed:
         """Return what `resume` returns."""
-        from ckptd.trainer.resuming import Resumed  # noqa: PLC0415 - it imports this module
-
         assert self._manifest is not None
         assert self._plan is not None
-        found = Checkpoint.of(self._manifest, 0.0)
+        found = self._manifest
         return Resumed(
-            found.step, found.attempt, found.metrics, self._restored,
+            found.step, found.attempt, found.numbers, self._restored,
             "store", tuple(self._plan.missing), tuple(self._plan.unused), self._surplus,
         )  # fmt: skip
 

@@ -6,7 +6,14 @@ import threading
 from collections.abc import Callable
 
 from ckptd import errors
-from ckptd.errors import CheckpointError, CkptdError, IncompleteError, LayoutError, SaveUnknownError
+from ckptd.errors import (
+    CheckpointError,
+    CkptdError,
+    IncompleteError,
+    LayoutError,
+    SaveFailedError,
+    SaveUnknownError,
+)
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.wire.messages import Finished
 
@@ -30,6 +37,11 @@ class Handle:
         self._error: CkptdError | None = None
         self._is_told = False
         self._done = threading.Event()
+
+    def __repr__(self) -> str:
+        if not self.is_done:
+            return f"Handle(step={self.step}, pending)"
+        return f"Handle(step={self.step}, {f'failed: {self._error}' if self._error else 'durable'})"
 
     @property
     def is_done(self) -> bool:
@@ -63,9 +75,22 @@ class Handle:
             self._error = error
             self._done.set()
 
-    def tell(self) -> None:
-        """Note that the caller is being told of the failure right now."""
+    def raise_again(self) -> None:
+        """Raise if this save failed, whoever was told of it before.
+
+        Raises:
+            SaveFailedError: with the reason.
+        """
+        if self._error is not None:
+            raise SaveFailedError(
+                f"step {self.step} failed before and cannot be saved again in this attempt; save a "
+                f"later step. It failed because: {self._error}", step=self.step,
+            ) from self._error  # fmt: skip
+
+    def refuse(self, error: CkptdError) -> None:
+        """Fail: this rank will never deliver, and the caller is being told of it right now."""
         self._is_told = True
+        self.resolve(error)
 
     def take_untold_error(self) -> CkptdError | None:
         """Return the failure if nobody was told of it yet; it counts as told from then on."""
@@ -88,4 +113,4 @@ def error_of(finished: Finished) -> CkptdError | None:
         return kind(finished.reason, fqn=finished.fqn, ranks=finished.ranks)
     if isinstance(kind, type) and issubclass(kind, CheckpointError):
         return kind(finished.reason, step=finished.step)
-    return errors.SaveFailedError(finished.reason, step=finished.step)
+    return SaveFailedError(finished.reason, step=finished.step)

@@ -9,7 +9,7 @@ import xxhash
 
 from ckptd.model.box import Box
 from ckptd.model.tensor import REPLICATED_KINDS, Held, Layout, Tensor
-from ckptd.trainer.flatten import Flat, Leaf, flatten, survey
+from ckptd.trainer.flatten import Flat, Leaf, survey
 from ckptd.trainer.optimizers import Predicted, predict_state
 from ckptd.trainer.wrappers import DTYPE_NAMES
 
@@ -24,13 +24,12 @@ def layout_of(flat: Flat) -> Layout:
     return Layout(tuple(map(_held, flat.leaves)), dict(flat.aliases))
 
 
-def predicted_layout(state: Mapping[str, object], *, allow_pickle: bool = False) -> Layout:
+def predicted_layout(state: Mapping[str, object], flat: Flat) -> Layout:
     """Return the layout that `state` will have after the first step of its optimizers.
 
-    Raises:
-        LayoutError: as `flatten`.
+    `flat` is the state as it is now, flattened.
     """
-    now = layout_of(flatten(state, allow_pickle=allow_pickle))
+    now = layout_of(flat)
     surveyed = survey(state)
     coming = [
         tensor

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from ckptd.errors import ConfigError
 from ckptd.units import MIB
+from ckptd.wire.address import socket_path
 
 
 class Options(NamedTuple):
@@ -24,6 +26,15 @@ class Options(NamedTuple):
     chunk_bytes: int = 32 * MIB
     plan_timeout_s: float = 10.0
     settle_timeout_s: float = 15.0
+
+    def check_daemon(self, env: Mapping[str, str]) -> None:
+        """Check now, and not with the second save, that a daemon's socket can be used.
+
+        Raises:
+            ConfigError: what is wrong with its place.
+        """
+        if self.daemon is True:
+            socket_path(self.url, self.storage_options, env)
 
     def check(self) -> None:
         """Check what types cannot say.

@@ -8,8 +8,8 @@ anywhere sends everyone to the next older checkpoint, which overwrites everythin
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal
 
 import msgspec
 
@@ -28,31 +28,11 @@ from ckptd.pipeline.catalog import find, line, list_commits
 from ckptd.pipeline.recover import commit_whole_steps
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
-from ckptd.trainer.filling import Filling, Request
+from ckptd.trainer.filling import Filling, Request, Resumed
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 
 log = logging.getLogger("ckptd.trainer")
-
-
-class Resumed(NamedTuple):
-    """What was restored.
-
-    `values` are the entries of the state that are plain values, as they were saved. `source` says
-    where the bytes came from: ``store``. With ``strict=False``, `missing` are names that the state
-    wanted and the checkpoint did not hold; `unused` are names that it held and nobody wanted.
-    `surplus` lists, on every rank, what ranks of the old world kept for themselves and nobody took
-    over, as ``name@rank``.
-    """
-
-    step: int
-    attempt: int
-    metrics: dict[str, float]
-    values: dict[str, Any]
-    source: Literal["store"]
-    missing: tuple[str, ...]
-    unused: tuple[str, ...]
-    surplus: tuple[str, ...]
 
 
 class _Proposal(msgspec.Struct):
@@ -80,15 +60,12 @@ class Resuming:
         self._meeting = meeting
         self._runs = 0
 
-    def run(
-        self, state: Mapping[str, object], *, step: int | None, strict: bool, rename: Any,
-        map_location: Any,
-    ) -> Resumed | None:  # fmt: skip
-        """See `Checkpointer.resume`."""
+    def run(self, request: Request, step: int | None) -> Resumed | None:
+        """Fill the request's state from checkpoint `step`, None for the newest whole one.
+
+        See `Checkpointer.resume`.
+        """
         self._runs += 1
-        request = Request(
-            state, strict, rename, map_location, self._meeting.rank, self._meeting.world_size
-        )
         store = open_store(self._options.url, self._options.storage_options)
         try:
             return self._run(store, request, step)
@@ -104,7 +81,7 @@ class Resuming:
             turn += 1
             id_ = self._agree_on(candidates, turn)
             if id_ is None:
-                _none_left(damages, is_torn=is_torn)
+                _none_left(damages, step, is_torn=is_torn)
                 return None
             filling = Filling(store, request)
             problem = self._check(filling, id_, turn, is_torn=is_torn)
@@ -117,7 +94,7 @@ class Resuming:
                 return filling.resumed()
             damages.append(problem)
             log.error(
-                "checkpoint %s is NOT WHOLE, going back to the one before: %s", id_.short, problem
+                "checkpoint %s is NOT WHOLE, looking for an older one: %s", id_.short, problem
             )
 
     def _check(self, filling: Filling, id_: StepId, turn: int, *, is_torn: bool) -> str | None:
@@ -143,7 +120,7 @@ class Resuming:
             raise _error(proposal.kind, f"rank 0 could not look: {proposal.reason}")
         return StepId.parse(proposal.id) if proposal.id is not None else None
 
-    def _phase(self, name: str, work: Any) -> str | None:
+    def _phase(self, name: str, work: Callable[[], None]) -> str | None:
         """Do something on every rank; return what is damaged, raise what else went wrong."""
         error: Exception | None = None
         try:
@@ -168,7 +145,7 @@ class Resuming:
 
 
 def _candidates(store: Store, step: int | None) -> Iterator[StepId]:
-    """Yield the checkpoints to try: the newest of the line, then back; or from `step` back."""
+    """Yield the checkpoints to try: the newest of the line, then back; or just `step`."""
     commit_whole_steps(store)
     if step is None:
         has_any = False
@@ -178,10 +155,8 @@ def _candidates(store: Store, step: int | None) -> Iterator[StepId]:
         if not has_any and list_commits(store):
             raise CorruptError("there are checkpoints but no manifest can be read", key=store.url)
         return
-    first = find(store, step).id
-    yield first  # be it damaged: that is for `check` to say
-    # Along the line ids only fall: attempts, and steps within one.
-    yield from (manifest.id for manifest in line(store) if manifest.id < first)
+    # Be it damaged, that is for `check` to say; whoever names a step wants that one or an error.
+    yield find(store, step).id
 
 
 def _propose(candidates: Iterator[StepId]) -> _Proposal:
@@ -195,11 +170,15 @@ def _propose(candidates: Iterator[StepId]) -> _Proposal:
     return _Proposal(id=str(id_) if id_ is not None else None)
 
 
-def _none_left(damages: list[str], *, is_torn: bool) -> None:
+def _none_left(damages: list[str], step: int | None, *, is_torn: bool) -> None:
     if is_torn and damages:
         raise TornRestoreError(
             "no whole checkpoint is left and the live objects were changed half: do not use them, "
             "start the process again. " + " | ".join(damages)
+        )
+    if damages and step is not None:
+        raise CorruptError(
+            f"step {step} is damaged; `ckptd ls` shows others. {damages[0]}", step=step
         )
     if damages:
         raise CorruptError(

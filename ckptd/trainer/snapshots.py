@@ -12,12 +12,12 @@ from ckptd.model.columns import Columns
 from ckptd.model.tensor import Layout
 from ckptd.plan.pack import Packed, pack
 from ckptd.plan.split import Share
-from ckptd.shm.arena import Arena
+from ckptd.shm.arena import Arena, round_up
 from ckptd.shm.memory import available_bytes, choose_slots
 from ckptd.shm.slots import SLOT_HEADER_BYTES, Slot, SlotPool
 from ckptd.trainer.capture import Destination
 from ckptd.trainer.flatten import Leaf
-from ckptd.wire.messages import ChunkPlan, Recipe
+from ckptd.wire.messages import MAX_RECIPES, ChunkPlan, Recipe
 
 log = logging.getLogger("ckptd.trainer")
 
@@ -79,7 +79,7 @@ class Snapshots:
         key = (digest, plan)
         with self._lock:
             if key not in self._cuts:
-                while len(self._cuts) >= 4:
+                while len(self._cuts) >= MAX_RECIPES:
                     del self._cuts[next(iter(self._cuts))]
                 self._cuts[key] = self._new_cut(layout, digest, plan, share)
             return self._cuts[key]
@@ -93,6 +93,7 @@ class Snapshots:
         Raises:
             ConfigError: the memory is not there; the message has the figures.
         """
+        slot_bytes = max(slot_bytes, round_up(1))  # a state may have no tensors, only values
         with self._lock:
             if self._is_closed or (self._shelf and self._shelf.arena.slot_bytes >= slot_bytes):
                 return

@@ -47,7 +47,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", [*READS, *WRITES, *LISTS])
 @pytest.mark.parametrize("depth", [1, 2])
-def test_l11_a_linked_folder_is_never_followed(root: Path, name: str, depth: int) -> None:
+def test_s4_l11_a_linked_folder_is_never_followed(root: Path, name: str, depth: int) -> None:
     outside = root.parent / "outside"
     if depth == 1:
         (root / "ranks").rmdir()
@@ -61,7 +61,7 @@ def test_l11_a_linked_folder_is_never_followed(root: Path, name: str, depth: int
 
 
 @pytest.mark.parametrize("name", [*READS, "put_new", "deferred", *LISTS])
-def test_l11_a_linked_object_is_never_followed(root: Path, name: str) -> None:
+def test_s4_l11_a_linked_object_is_never_followed(root: Path, name: str) -> None:
     outside = root.parent / "outside"
     (root / "ranks/000000001000-0007").mkdir()
     (root / RANK).symlink_to(outside / "00003")
@@ -72,7 +72,7 @@ def test_l11_a_linked_object_is_never_followed(root: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["put", "delete"])
-def test_l11_replacing_or_deleting_takes_the_link_and_leaves_its_target(
+def test_s4_l11_replacing_or_deleting_takes_the_link_and_leaves_its_target(
     root: Path, name: str
 ) -> None:
     outside = root.parent / "outside"
@@ -84,7 +84,7 @@ def test_l11_replacing_or_deleting_takes_the_link_and_leaves_its_target(
     assert snapshot(outside) == before
 
 
-def test_l11_a_dangling_link_under_a_key_creates_nothing(root: Path) -> None:
+def test_s4_l11_a_dangling_link_under_a_key_creates_nothing(root: Path) -> None:
     (root / "checkpoints").mkdir()
     (root / COMMIT).symlink_to(root.parent / "made")
     with pytest.raises(StoreAccessDeniedError):
@@ -92,7 +92,7 @@ def test_l11_a_dangling_link_under_a_key_creates_nothing(root: Path) -> None:
     assert not (root.parent / "made").exists()
 
 
-def test_l11_a_linked_temp_folder_is_refused(root: Path) -> None:
+def test_s4_l11_a_linked_temp_folder_is_refused(root: Path) -> None:
     (root / "tmp").symlink_to(root.parent / "outside")
     for store in (LocalStore(str(root)), LocalStore(str(root), is_unnamed=False)):
         with pytest.raises(StoreAccessDeniedError):
@@ -100,7 +100,7 @@ def test_l11_a_linked_temp_folder_is_refused(root: Path) -> None:
     assert sorted(os.listdir(root.parent / "outside")) == ["00003", "000000001000-0007"][::-1]
 
 
-def test_l11_a_root_that_is_a_link_is_refused(root: Path) -> None:
+def test_s4_l11_a_root_that_is_a_link_is_refused(root: Path) -> None:
     link = root.with_name("link")
     link.symlink_to(root)
     for call in (READS["get"], WRITES["put_new"], LISTS["list all"]):
@@ -115,7 +115,7 @@ def test_l11_a_root_that_is_a_link_is_refused(root: Path) -> None:
 def test_a_root_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"zip")
     for call in (READS["get"], WRITES["put_new"], LISTS["list all"]):
-        with pytest.raises(ConfigError, match="not a folder"):
+        with pytest.raises(ConfigError, match="not the folder of a ckptd root"):
             call(LocalStore(str(tmp_path / "x.ckpt")))
 
 

@@ -9,6 +9,8 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -410,7 +412,7 @@ def test_prepare_reserves_what_the_first_saves_use(make: Make) -> None:
     state = make_state()
     ckpt = make()
     ckpt.prepare(state)
-    ckpt._preparing.join(WAIT_S)
+    ckpt._preparation.join()
     shelf = ckpt._snapshots._shelf
     ckpt.save(1, state)
     train(state)  # moments appear: they were predicted
@@ -468,7 +470,7 @@ def test_recipes_made_at_once_on_two_threads_have_different_numbers(
     state = make_state()
     ckpt.prepare(state)  # the layout with moments, on its thread
     ckpt.save(1, state)  # the one without, here
-    ckpt._preparing.join(WAIT_S)
+    ckpt._preparation.join()
     numbers = [cut.recipe.recipe for cut in ckpt._snapshots._cuts.values()]
     assert len(numbers) == 2
     assert len(set(numbers)) == 2
@@ -572,3 +574,50 @@ def test_d11_a_bug_in_a_worker_reaches_whoever_waits(make: Make, gate: Gate) -> 
     gate.error = ZeroDivisionError("a bug in a worker")
     with pytest.raises(SaveFailedError, match="a bug in a worker"):
         make().save(1, make_state(), wait=True, deadline_s=WAIT_S)
+
+
+def test_a_pickle_is_stored_if_asked_for_and_opened_only_if_trusted(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False, allow_pickle=True) as ckpt:
+        ckpt.save(1, {"odd": Fraction(1, 3)}).result(60)
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        state: dict[str, object] = {"odd": None}
+        with pytest.raises(LayoutError, match="trust_pickle"):
+            ckpt.resume(state)
+        assert ckpt.resume(state, trust_pickle=True) is not None
+        assert state["odd"] == Fraction(1, 3)
+
+
+def test_a_state_without_tensors_is_saved_and_comes_back(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        ckpt.resume({"epoch": 0})
+        ckpt.save(1, {"epoch": 7}).result(60)
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        state = {"epoch": 0}
+        ckpt.resume(state)
+        assert state["epoch"] == 7
+
+
+def test_a_step_that_failed_is_not_quietly_taken_for_saved(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        with pytest.raises(LayoutError):
+            ckpt.save(1, {"odd": Odd()})
+        with pytest.raises(SaveFailedError, match="cannot be saved again"):
+            ckpt.save(1, {"epoch": 1})
+        assert ckpt.save(2, {"epoch": 1}).result(60).step == 2
+
+
+def test_a_handle_says_what_it_knows(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        handle = ckpt.save(1, {"epoch": 1})
+        handle.result(60)
+        assert repr(handle) == "Handle(step=1, durable)"
+
+
+def test_p5_a_socket_that_cannot_be_used_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    monkeypatch.setenv("CKPTD_RUNTIME_DIR", str(tmp_path / "open"))
+    monkeypatch.delenv("CKPTD_SOCKET", raising=False)
+    with pytest.raises(ConfigError, match="mode 0755"):
+        Checkpointer(tmp_path / "r")

@@ -294,17 +294,17 @@ def test_the_predicted_layout_is_the_one_after_the_first_step(kind, dtype) -> No
     model[0].bias.requires_grad_(False)
     optimizer = OPTIMIZERS[kind](model.parameters())
     state = {"model": model, "optimizer": optimizer}
-    predicted = predicted_layout(state)
+    predicted = predicted_layout(state, flatten(state))
     model(torch.ones(4, 3, dtype=dtype)).square().sum().backward()
     optimizer.step()
     assert predicted == layout_of(flatten(state))
-    assert predicted_layout(state) == predicted
+    assert predicted_layout(state, flatten(state)) == predicted
 
 
 def test_nothing_is_predicted_for_a_class_that_is_not_known() -> None:
     model = nn.Linear(2, 2)
     state = {"model": model, "optimizer": torch.optim.Adadelta(model.parameters())}
-    assert predicted_layout(state) == layout_of(flatten(state))
+    assert predicted_layout(state, flatten(state)) == layout_of(flatten(state))
 
 
 # --- fingerprints -------------------------------------------------------------------------------

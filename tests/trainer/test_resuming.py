@@ -172,23 +172,28 @@ def test_r1_damage_leads_to_the_next_older_checkpoint_loudly(
 
 
 @pytest.mark.parametrize("kind", ["chunk", "rank", "manifest"])
-def test_r1_damage_of_a_step_that_was_asked_for_leads_to_the_one_before(
-    root: Root, kind: str, caplog: pytest.LogCaptureFixture
+def test_r1_damage_of_a_step_that_was_asked_for_raises_and_no_other_step_is_taken(
+    root: Root, kind: str
 ) -> None:
     root.fill()
     root.damage(kind, 2)
     state = make_state(2)
-    assert root.open().resume(state, step=2).step == 1
-    assert same(bits(state), root.saved[1])
-    assert "2-0001 is NOT WHOLE" in caplog.text
+    before = bits(state)
+    with pytest.raises((CorruptError, TornRestoreError)) as caught:
+        root.open().resume(state, step=2)
+    if kind == "chunk":  # found only while the objects were being filled
+        assert isinstance(caught.value, TornRestoreError)
+    else:
+        assert "step 2 is damaged" in str(caught.value)
+        assert same(bits(state), before)
 
 
-def test_the_one_before_is_found_past_a_second_damaged_manifest(root: Root) -> None:
+def test_r1_the_newest_whole_one_is_found_past_two_damaged_manifests(root: Root) -> None:
     root.fill()
     root.damage("manifest", 3)
     root.damage("manifest", 2)
     state = make_state(2)
-    assert root.open().resume(state, step=3).step == 1
+    assert root.open().resume(state).step == 1
 
 
 @pytest.mark.parametrize("kind", ["rank", "lost rank", "manifest"])

@@ -30,6 +30,7 @@ from ckptd.store.memory import MemoryStore
 from ckptd.store.open import open_store
 from ckptd.trainer import resuming as resuming_module
 from ckptd.trainer import rng
+from ckptd.trainer.filling import Request
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.meeting import LocalBoard, Meeting
 from ckptd.trainer.options import Options
@@ -77,12 +78,16 @@ class Job:
             self.url, False, "auto", "wait", 60.0, 2, {}, 600.0, timeout_s, False
         )  # fmt: skip
         ended: list[Ended] = [Ended(None, None)] * len(states)
-        settings = {"step": None, "strict": True, "rename": None, "map_location": None, **changes}
+        step = changes.pop("step", None)
+        settings = {"strict": True, "rename": None, "map_location": None, "trust_pickle": False}
 
         def work(rank: int) -> None:
             resuming = Resuming(options, Meeting(board, rank, len(states)))
             try:
-                ended[rank] = Ended(resuming.run(states[rank], **settings), None)
+                request = Request(
+                    state=states[rank], rank=rank, world_size=len(states), **{**settings, **changes}
+                )
+                ended[rank] = Ended(resuming.run(request, step), None)
             except Exception as error:  # noqa: BLE001 - the test judges it
                 ended[rank] = Ended(None, error)
 
