@@ -26,7 +26,7 @@ def test_a_frame_says_how_long_it_is():
     assert unpacked == bytes(5000)
 
 
-def test_x4_a_claim_that_the_length_of_the_frame_belies_is_refused():
+def test_s3_x4_a_claim_that_the_length_of_the_frame_belies_is_refused():
     rest = bytes(18)
     assert frame_bytes(claim(1 << 20, rest), max_bytes=1 << 30) == 1 << 20
     with pytest.raises(CorruptError, match="too large"):
@@ -37,18 +37,18 @@ def test_x4_a_claim_that_the_length_of_the_frame_belies_is_refused():
         frame_bytes(claim((1 << 64) - 1, rest), max_bytes=1 << 62)
 
 
-def test_x4_the_best_that_zstd_can_do_is_not_belied():
+def test_s3_x4_the_best_that_zstd_can_do_is_not_belied():
     data = zstandard.ZstdCompressor(level=19).compress(bytes(64 << 20))
     assert frame_bytes(data, max_bytes=64 << 20) == 64 << 20
 
 
-def test_x4_a_frame_that_names_a_dictionary_is_refused():
+def test_s3_x4_a_frame_that_names_a_dictionary_is_refused():
     named = b"\x28\xb5\x2f\xfd\x21\x07\x05" + b"\x29\0\0hello"
     with pytest.raises(CorruptError, match="dictionary"):
         frame_bytes(named, max_bytes=100)
 
 
-def test_x4_only_the_plain_magic_is_a_frame():
+def test_s3_x4_only_the_plain_magic_is_a_frame():
     for data in (b"", b"\x28\xb5\x2f", b"\x50\x2a\x4d\x18\0\0\0\0", b"\x27\xb5\x2f\xfd" + bytes(9)):
         with pytest.raises(CorruptError, match="not a zstd frame"):
             frame_bytes(data, max_bytes=100)

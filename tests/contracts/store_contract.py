@@ -75,7 +75,7 @@ class StoreContract:
         assert store.get(RANK, max_bytes=6) == b"before"
 
     @pytest.mark.parametrize("is_deferred", [False, True])
-    def test_put_new_leaves_an_object_alone_that_exists(
+    def test_d8_put_new_leaves_an_object_alone_that_exists(
         self, store: Store, is_deferred: bool
     ) -> None:
         store.put_new(CHUNK, b"first")
@@ -90,7 +90,7 @@ class StoreContract:
         store.put(COMMIT, b"")
         assert store.get(COMMIT, max_bytes=0) == b""
 
-    def test_of_racing_put_new_exactly_one_wins(self, store: Store) -> None:
+    def test_d4_of_racing_put_new_exactly_one_wins(self, store: Store) -> None:
         threads = 4
         for number in range(100):
             key = f"checkpoints/{number:012d}-0001"
@@ -195,7 +195,7 @@ class StoreContract:
         store.sync()
         assert [store.get(e.key, max_bytes=1)[0] for e in store.list("chunks/")] == list(range(20))
 
-    def test_the_clock_of_the_store_does_not_go_back(self, store: Store) -> None:
+    def test_g6_the_clock_of_the_store_does_not_go_back(self, store: Store) -> None:
         store.put_new(RANK, b"x")
         (entry,) = store.list("ranks/")
         assert store.now_s() >= entry.modified_s

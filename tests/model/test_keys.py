@@ -66,7 +66,7 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("text", STRANGE)
-def test_names_outside_of_the_grammar_are_not_ours(text):
+def test_g7_names_outside_of_the_grammar_are_not_ours(text):
     assert [parse(text) for parse in PARSERS] == [None] * 4
 
 
@@ -86,7 +86,7 @@ def test_a_step_id_is_only_its_form_in_keys(text):
     "text",
     ["../x", "a/../b", "a//b", "/a", "a/", "a/b/c/d", "a\\b", "a b", "a\0", "é", "a\n", "a" * 201],
 )
-def test_traversal_and_odd_characters_are_no_keys(text):
+def test_s4_traversal_and_odd_characters_are_no_keys(text):
     assert not keys.is_key(text)
 
 

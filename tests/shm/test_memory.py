@@ -108,7 +108,7 @@ def test_auto_is_two_slots_if_they_fit_in_sixty_percent_else_one(
     assert choose_slots(slot_gib * GIB, "auto", ranks, 10 * GIB) == slots
 
 
-def test_auto_says_the_figures_where_nothing_fits() -> None:
+def test_p3_auto_says_the_figures_where_nothing_fits() -> None:
     with pytest.raises(ConfigError, match=r"7\.0 GiB per rank.*10\.0 GiB.*6\.0 GiB.*slots=1"):
         choose_slots(7 * GIB, "auto", 1, 10 * GIB)
     with pytest.raises(ConfigError) as caught:

@@ -90,7 +90,7 @@ def test_memory_stores_are_shared_by_name(request: pytest.FixtureRequest) -> Non
 
 
 @pytest.mark.parametrize("url", ["/data/run", "memory://x"])
-def test_options_that_mean_nothing_are_refused_without_their_values(url: str) -> None:
+def test_s7_options_that_mean_nothing_are_refused_without_their_values(url: str) -> None:
     with pytest.raises(ConfigError, match="key") as caught:
         open_store(url, {"key": "canary"})
     assert "canary" not in str(caught.value)

@@ -45,13 +45,13 @@ def test_the_kernel_says_who_is_there() -> None:
         assert peer.check_peer(a, {os.geteuid()}) == os.geteuid()
 
 
-def test_m6_another_user_is_refused() -> None:
+def test_s5_m6_another_user_is_refused() -> None:
     stranger: Any = FakeSocket({socket.SO_PEERCRED: credentials(5, 4242)})
     with pytest.raises(ProtocolError, match="4242"):
         peer.check_peer(stranger, {0, 1000})
 
 
-def test_m6_a_peer_that_the_kernel_does_not_name_is_refused() -> None:
+def test_s5_m6_a_peer_that_the_kernel_does_not_name_is_refused() -> None:
     silent: Any = FakeSocket({socket.SO_PEERCRED: OSError(errno.ENOTCONN, "not connected")})
     with pytest.raises(ProtocolError):
         peer.check_peer(silent, {0})
