@@ -1,0 +1,157 @@
+"""The command line of the benchmark: measures, prints, and writes JSON and plots."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import codec, limits, plots, report, train
+from bench.engines import choose
+from bench.peers import version_of
+from bench.stats import Spread, parse_size
+from bench.train import PROJECT, Settings
+
+VERSIONS = ("torch", "torchsnapshot", "safetensors", "torch_checkpointing", "zipnn", "blosc2")
+
+
+def parse_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description="What checkpoints cost a training job, beside other engines, on this machine.",
+    )
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=["all", "train", "codec", "limits"]
+    )
+    parser.add_argument("--size", type=parse_size, help="bytes of the state (500M; --quick: 64M)")
+    parser.add_argument("--rounds", type=int, help="processes, each with a first save (2; 1)")
+    parser.add_argument("--windows", type=int, help="warm saves per engine and round (5; 2)")
+    parser.add_argument("--steps", type=int, help="plain steps before, least steps after (4; 3)")
+    parser.add_argument("--engines", help="only these, by the starts of their names: ckptd,dcp")
+    parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
+    parser.add_argument("--quick", action="store_true", help="under 90 s: to see that it works")
+    parser.add_argument("--out", type=Path, default=PROJECT / "bench-out", help="JSON, plots, logs")
+    return parser.parse_args()
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Return how much to measure; what was asked for goes before the defaults."""
+    default = (64_000_000, 1, 2, 3, 1) if options.quick else (500_000_000, 2, 5, 4, 2)
+    asked = (options.size, options.rounds, options.windows, options.steps, None)
+    chosen = [d if a is None else a for a, d in zip(asked, default, strict=True)]
+    return Settings(*chosen, with_memory=not (options.no_memory or options.quick))
+
+
+def machine() -> dict[str, Any]:
+    """Say where this was measured."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(memory / 1e9, 1),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "load_before": os.getloadavg()[0],
+        "versions": {name: version_of(name) for name in VERSIONS},
+    }
+
+
+def measure(options: argparse.Namespace, console: Console, found: dict[str, Any]) -> None:
+    """Measure what was asked for into `found`, and print each part when it is there."""
+    settings = settings_of(options)
+    what, out = options.what, options.out
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("limits", total=None)
+
+        def tick(title: str) -> None:
+            progress.update(bar, description=title, advance=1)
+
+        size = (128 if options.quick else 512) << 20
+        found["limits"] = limits.measure(out, size, rounds=2 if options.quick else 3)
+        report.show_limits(console, found["limits"])
+        if what in {"all", "train"}:
+            engines = choose(options.engines)
+            each = 1 + settings.windows + 2 * settings.restores
+            total = settings.rounds * len(engines) * each
+            progress.reset(bar, total=total + settings.with_memory * len(engines) * 4)
+            found["settings"] = settings._asdict()
+            found["content"], found["engines"] = train.run(settings, engines, out, tick)
+            for row in found["engines"]:
+                row["state_bytes"] = found["content"].get("state_bytes")
+            show_train(console, found)
+        if what in {"all", "codec"}:
+            progress.reset(bar, total=7)
+            each_bytes, rounds = ((4 << 20), 2) if options.quick else ((32 << 20), 5)
+            found["codecs"], found["codec_content"] = codec.measure(each_bytes, rounds, tick)
+            report.show_codecs(console, found["codecs"])
+
+
+def show_train(console: Console, found: dict[str, Any]) -> None:
+    """Print all tables of the training loop."""
+    rows = found["engines"]
+    report.show_content(console, found["content"])
+    report.show_saves(console, rows)
+    report.show_ratios(console, rows)
+    report.show_restores(console, rows)
+    report.show_notes(console, rows)
+    report.show_drift(console, rows)
+
+
+def write(out: Path, found: dict[str, Any]) -> list[Path]:
+    """Write everything as JSON, and the plots."""
+    paths = [out / "results.json"]
+    paths[0].write_text(json.dumps(_plain(found), indent=1) + "\n")
+    if found.get("engines"):
+        plots.plot_saves(found["engines"], out / "saves.png")
+        paths.append(out / "saves.png")
+    if found.get("codecs"):
+        plots.plot_codecs(found["codecs"], out / "codecs.png")
+        paths.append(out / "codecs.png")
+    return paths
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spread):
+        return value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+def main() -> int:
+    """Run the benchmark."""
+    options = parse_options()
+    try:
+        choose(options.engines)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    began = time.monotonic()
+    found: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads()}
+    here = found["machine"]
+    console.print(
+        f"{here['cores']} cores, {here['memory_gb']} GB, load {here['load_before']:.1f} before, "
+        + ", ".join(f"{name} {version or 'missing'}" for name, version in here["versions"].items())
+    )
+    measure(options, console, found)
+    for path in write(options.out, found):
+        console.print(f"wrote {path}", soft_wrap=True, highlight=False)
+    console.print(f"took {time.monotonic() - began:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

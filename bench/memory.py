@@ -1,0 +1,79 @@
+"""The memory of a group of processes: private and shared, each page counted once."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+_FIELDS = {b"Pss:": "pss", b"Pss_Shmem:": "shmem", b"Pss_File:": "file"}
+
+
+class Sample(NamedTuple):
+    """`at` is of `time.perf_counter`, which all processes of a machine share on Linux."""
+
+    at: float
+    anonymous_bytes: int
+    shared_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        """All but cached files."""
+        return self.anonymous_bytes + self.shared_bytes
+
+
+def parse_rollup(text: bytes) -> tuple[int, int]:
+    """Return anonymous and shared bytes of a process from its ``smaps_rollup``."""
+    found = dict.fromkeys(_FIELDS.values(), 0)
+    for line in text.splitlines():
+        words = line.split()
+        if words and words[0] in _FIELDS:
+            found[_FIELDS[words[0]]] = int(words[1]) * 1024
+    return found["pss"] - found["shmem"] - found["file"], found["shmem"]
+
+
+class Watch:
+    """Samples all processes that have `marker` in their environment, on a thread, until `stop`.
+
+    Proportional shares (PSS) are added up, so that memory which trainer and helper both map counts
+    once. The environment finds detached helpers too, which parents do not.
+    """
+
+    def __init__(self, marker: str, interval_s: float = 0.01) -> None:
+        self._marker = marker.encode()
+        self._interval_s = interval_s
+        self._known: dict[int, bool] = {}
+        self._stop = threading.Event()
+        self.samples: list[Sample] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stop.set()
+        self._thread.join()
+
+    def peak(self, start: float, end: float) -> Sample | None:
+        """Return the sample with the most memory between two moments."""
+        inside = [sample for sample in self.samples if start <= sample.at <= end]
+        return max(inside, key=lambda sample: sample.bytes) if inside else None
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            anonymous = shared = 0
+            for pid in self._pids():
+                with contextlib.suppress(OSError):
+                    own = parse_rollup(Path(f"/proc/{pid}/smaps_rollup").read_bytes())
+                    anonymous += own[0]
+                    shared += own[1]
+            self.samples.append(Sample(time.perf_counter(), anonymous, shared))
+
+    def _pids(self) -> list[int]:
+        now = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+        for pid in now - self._known.keys():
+            self._known[pid] = False
+            with contextlib.suppress(OSError):
+                self._known[pid] = self._marker in Path(f"/proc/{pid}/environ").read_bytes()
+        return [pid for pid in now if self._known.get(pid)]
