@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -82,7 +81,7 @@ def _serve(config: DaemonConfig, listener: Listener) -> int:
         runner.post(ev.StopAsked(time.monotonic() + config.drain_s))
 
     thread = threading.Thread(target=run, name="ckptd-engine", daemon=True)
-    _take_signals(on_signal)
+    _take_signals(on_signal, server.wake_fd())
     with serve_metrics(config.metrics_address, engine):
         thread.start()
         log.info("serving on %s, pid %d", config.socket, os.getpid())
@@ -93,20 +92,14 @@ def _serve(config: DaemonConfig, listener: Listener) -> int:
     return code
 
 
-def _take_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+def _take_signals(handler: Callable[[int, FrameType | None], None], wake_fd: int) -> None:
     for number in _STOPPING:
         signal.signal(number, handler)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # Python handles a signal between two bytecodes of the main thread, which sits in select():
-    # the wake-up socket makes select return.
-    ours, theirs = socket.socketpair()
-    ours.settimeout(0)
-    signal.set_wakeup_fd(ours.fileno(), warn_on_full_buffer=False)
-    _kept_open.extend((ours, theirs))
+    # Python handles a signal between two bytecodes of the main thread, which sits in select(): a
+    # byte in the pipe that it watches makes that return, whichever thread the signal came to.
+    signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
-
-
-_kept_open: list[socket.socket] = []
 
 
 def set_up_log(level: str) -> None:

@@ -8,7 +8,9 @@ import os
 import queue
 import select
 import selectors
+import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,11 +65,12 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._peers: dict[int, _Peer] = {}
         # Peers whose connection ended, while their process still lived when last looked.
-        self._ghosts: dict[int, _Peer] = {}
+        self._unreaped: dict[int, _Peer] = {}
         self._next = 1
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) \
-            if hasattr(os, "pipe2") else os.pipe()  # fmt: skip
+        self._wake_in, self._wake_out = os.pipe()
+        os.set_blocking(self._wake_in, False)
+        os.set_blocking(self._wake_out, False)
         self._is_stopped = False
         self._patrolled = 0.0
         self.outlet = Outlet(send=self._order_send, drop=self._order_drop, handled=self._order_next)
@@ -76,6 +79,10 @@ class Server:
         """Make `serve` look at its orders. Safe in a signal handler."""
         with contextlib.suppress(OSError):  # a full pipe wakes just as well
             os.write(self._wake_out, b"w")
+
+    def wake_fd(self) -> int:
+        """Return what `signal.set_wakeup_fd` is to be given; `serve` takes it back at its end."""
+        return self._wake_out
 
     def stop(self) -> None:
         """Make `serve` return."""
@@ -97,10 +104,12 @@ class Server:
             self._obey()
             for peer in list(self._peers.values()):
                 self._hang_up(peer)
-            for peer in list(self._ghosts.values()):
-                self._lay(peer)
+            for peer in list(self._unreaped.values()):
+                self._reap(peer)
             self._door.close()
             self._selector.close()
+            if threading.current_thread() is threading.main_thread():  # only there it can be set
+                signal.set_wakeup_fd(-1)  # its number may soon be another file's
             os.close(self._wake_in)
             os.close(self._wake_out)
 
@@ -171,9 +180,6 @@ class Server:
         self._interest(peer)
 
     def _said(self, peer: _Peer, message: say.Message) -> None:
-        if isinstance(message, say.Stop):
-            os.kill(os.getpid(), 15)
-            return
         if isinstance(message, say.Arena):
             arena = Arena.adopt(peer.channel.take_fd(), message.slots, message.slot_bytes)
             self._runner.give_arena(peer.number, message.arena, arena)
@@ -252,24 +258,24 @@ class Server:
         del self._peers[peer.number]
         self._watch(peer, 0)
         peer.channel.close()
-        self._ghosts[peer.number] = peer
+        self._unreaped[peer.number] = peer
         if peer.pidfd is None or not is_watched_on:
-            self._lay(peer)
+            self._reap(peer)
         else:
             self._selector.modify(peer.pidfd, selectors.EVENT_READ, lambda: self._died(peer))
 
     def _died(self, peer: _Peer) -> None:
-        if peer.number in self._ghosts:
-            self._lay(peer)
+        if peer.number in self._unreaped:
+            self._reap(peer)
             self._runner.post(ev.Gone(peer.number, is_dead=True))
 
     def _forget(self, pid: int) -> None:
         """Watch no more connections that a process had before: it has a new one."""
-        for peer in [ghost for ghost in self._ghosts.values() if ghost.pid == pid]:
-            self._lay(peer)
+        for peer in [other for other in self._unreaped.values() if other.pid == pid]:
+            self._reap(peer)
 
-    def _lay(self, peer: _Peer) -> None:
-        del self._ghosts[peer.number]
+    def _reap(self, peer: _Peer) -> None:
+        del self._unreaped[peer.number]
         if peer.pidfd is not None:
             self._selector.unregister(peer.pidfd)
             os.close(peer.pidfd)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ckptd.engine.events import PartKey, Release
 from ckptd.errors import ProtocolError
 from ckptd.model.keys import MAX_ATTEMPT, MAX_RANK
 from ckptd.wire import messages as say
-
-MAX_RECIPES = 4
 
 JobKey = tuple[str, int]
 
@@ -36,7 +34,7 @@ class Client:
     def add_recipe(self, recipe: say.Recipe) -> None:
         """Remember a recipe; the oldest is forgotten."""
         self.recipes[recipe.recipe] = recipe
-        while len(self.recipes) > MAX_RECIPES:
+        while len(self.recipes) > say.MAX_RECIPES:
             del self.recipes[next(iter(self.recipes))]
 
     def give_arena(self, arena: say.Arena) -> None:
@@ -69,14 +67,15 @@ class Client:
 
 def problem_with(hello: say.Hello) -> str:
     """Say what is wrong with a hello; empty if nothing is."""
-    checks: list[tuple[Callable[[], bool], str]] = [
-        (lambda: hello.protocol == say.PROTOCOL, f"protocol {hello.protocol}, not {say.PROTOCOL}"),
-        (lambda: 0 < hello.attempt <= MAX_ATTEMPT, "attempt out of range"),
-        (lambda: 0 < hello.world_size <= MAX_RANK + 1, "world size out of range"),
-        (lambda: hello.rank < hello.world_size, "rank out of range"),
-        (lambda: hello.commit_timeout_s > 0, "commit_timeout_s must be positive"),
-    ]
-    for is_good, problem in checks:
-        if not is_good():
-            return problem
-    return ""
+    other_version = (
+        f"protocol {hello.protocol}, not {say.PROTOCOL}: restart the daemon, "
+        "so that it is of the trainer's version"
+    )
+    checks = (
+        (hello.protocol == say.PROTOCOL, other_version),
+        (0 < hello.attempt <= MAX_ATTEMPT, "attempt out of range"),
+        (0 < hello.world_size <= MAX_RANK + 1, "world size out of range"),
+        (hello.rank < hello.world_size, "rank out of range"),
+        (hello.commit_timeout_s > 0, "commit_timeout_s must be positive"),
+    )
+    return next((problem for is_good, problem in checks if not is_good), "")

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from ckptd.engine.events import StepKey
-from ckptd.engine.steps import COMMIT_SILENCE_S, Part, Step
-from ckptd.errors import ProtocolError, SaveFailedError
+from ckptd.engine.steps import COMMIT_SILENCE_S, Closed, Part, Step
+from ckptd.errors import ProtocolError
 from ckptd.model.keys import MAX_STEP, StepId
 from ckptd.model.manifest import FORMAT, RankManifest
 from ckptd.pipeline.commit import Verdict, new_outcome
@@ -20,7 +20,7 @@ class Job:
 
     `newest` is the newest checkpoint of the line that is known to be committed. `dead` are ranks
     whose process ended without a goodbye. `closed` remembers the last verdicts by step, for parts
-    that come late. `parted` has the last connection of each rank that ended without a goodbye.
+    that come late. `vanished` has the last connection of each rank that ended without a goodbye.
     """
 
     root: str
@@ -29,9 +29,9 @@ class Job:
     token: str
     newest: StepId | None = None
     steps: dict[StepId, Step] = field(default_factory=dict)
-    closed: dict[StepId, Verdict] = field(default_factory=dict)
+    closed: dict[StepId, Closed] = field(default_factory=dict)
     dead: set[int] = field(default_factory=set)
-    parted: dict[int, int] = field(default_factory=dict)
+    vanished: dict[int, int] = field(default_factory=dict)
 
     def step_id(self, step: int) -> StepId:
         """Return the id of a step of this attempt.
@@ -47,10 +47,11 @@ class Job:
         """Return the open step with this number, opening it if need be.
 
         A step of which some local rank has died is opened doomed; two steps under one sequence
-        number doom each other.
+        number doom each other, and so do two saves of one step.
         """
         step_id = StepId(attempt=self.attempt, step=step)
         if step_id in self.steps:
+            self.steps[step_id].note_save(hello.rank, sequence)
             return self.steps[step_id]
         opened = Step(
             StepKey(self.root, step_id), sequence, since=now, timeout_s=hello.commit_timeout_s,
@@ -59,41 +60,41 @@ class Job:
             silence_s=COMMIT_SILENCE_S * (1 + hello.rank / max(1, self.world_size)),
         )  # fmt: skip
         self.steps[step_id] = opened
+        opened.note_save(hello.rank, sequence)
         for other in self.steps.values():
             if other is not opened and other.sequence == sequence:
-                reason = f"save {sequence} was step {other.key.id.step} on one rank and {step} on another"
+                first = other.key.id.step
+                reason = f"save {sequence} was step {first} on one rank and {step} on another"
                 other.fail(reason, ())
                 opened.fail(reason, ())
         for rank in self.dead:
-            self.mourn(rank, opened)
+            self.fail_without(rank, opened)
         return opened
 
     def welcome(self, rank: int) -> None:
         """Note that a rank is here, again perhaps."""
         self.dead.discard(rank)
-        self.parted.pop(rank, None)
+        self.vanished.pop(rank, None)
 
-    def part(self, rank: int, client: int) -> None:
+    def note_vanished(self, rank: int, client: int) -> None:
         """Note that a rank's connection ended without a goodbye."""
-        self.parted[rank] = client
+        self.vanished[rank] = client
 
-    def bury(self, client: int) -> None:
+    def note_dead(self, client: int) -> None:
         """Note that the process at the other end of a connection is dead, unless it came back."""
-        for rank, last in self.parted.items():
+        for rank, last in self.vanished.items():
             if last == client:
                 self.dead.add(rank)
                 for step in self.steps.values():
-                    self.mourn(rank, step)
+                    self.fail_without(rank, step)
 
-    def mourn(self, rank: int, step: Step) -> None:
+    def fail_without(self, rank: int, step: Step) -> None:
         """Doom a step to which a dead rank has not delivered."""
         if rank not in step.parts:
             reason = "its process ended before it handed its part off"
-            outcome = new_outcome(
-                step.key.id, rank, self.world_size, step.sequence, "failed", reason
+            step.forfeit(
+                new_outcome(step.key.id, rank, self.world_size, step.sequence, "failed", reason)
             )
-            text = f"step {step.key.id.step}: rank {rank} failed: {reason}"
-            step.forfeit(outcome, Verdict("failed", SaveFailedError.__name__, text, ranks=(rank,)))
 
     def is_undecided(self) -> bool:
         """Tell whether something of this job is on its way to the store or being decided here.
@@ -106,14 +107,15 @@ class Job:
             for step in self.steps.values()
         )  # fmt: skip
 
-    def close(self, step: Step, verdict: Verdict) -> None:
+    def close(self, step: Step, verdict: Verdict) -> Closed:
         """Take a step with its verdict off the open ones."""
         del self.steps[step.key.id]
-        self.closed[step.key.id] = verdict
+        closed = self.closed[step.key.id] = Closed(step.key.id.step, step.sequence, verdict)
         while len(self.closed) > 64:
             del self.closed[next(iter(self.closed))]
         if verdict.state == "committed":
             self.learn(step.key.id)
+        return closed
 
     def learn(self, step_id: StepId) -> None:
         """Remember a committed checkpoint of the line, if it is newer than the one known."""
@@ -145,7 +147,9 @@ class Job:
             format=FORMAT, step=handoff.step, attempt=self.attempt, rank=part.key.rank,
             world_size=self.world_size, sequence=handoff.sequence, plan=recipe.plan,
             layout=recipe.layout, previous=str(self.newest) if self.newest else None, parent=None,
-            captured_at=handoff.captured_at, metrics={k: v if math.isfinite(v) else None for k, v in handoff.metrics.items()}, tensors=recipe.tensors,
+            captured_at=handoff.captured_at,
+            metrics={k: v if math.isfinite(v) else None for k, v in handoff.metrics.items()},
+            tensors=recipe.tensors,
             aliases=recipe.aliases, chunks=part.chunks, pieces=recipe.pieces,
             fingerprints=handoff.fingerprints, values=part.values,
         )  # fmt: skip

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import msgspec
 
 from ckptd.engine.events import Drop, Effect, Send
+from ckptd.engine.steps import Closed
 from ckptd.errors import ProtocolError
-from ckptd.pipeline.commit import Verdict
 from ckptd.wire import messages as say
 
 
@@ -18,11 +18,18 @@ def refuse(client: int, reason: str, kind: str = ProtocolError.__name__) -> Iter
     yield Drop(client)
 
 
-def finished(step: int, sequence: int, verdict: Verdict) -> say.Finished:
-    """Return the final word on a step."""
+def finished(sequence: int, closed: Closed) -> say.Finished:
+    """Return the final word on one save of a step."""
+    verdict = closed.verdict_on(sequence)
     assert verdict.state != "waiting"
     return say.Finished(
-        step, sequence, verdict.state, verdict.kind, verdict.reason, verdict.fqn, verdict.ranks
+        closed.step,
+        sequence,
+        verdict.state,
+        verdict.kind,
+        verdict.reason,
+        verdict.fqn,
+        verdict.ranks,
     )
 
 

@@ -15,16 +15,10 @@ from ckptd.engine.jobs import Job
 from ckptd.engine.lifetime import Lifetime
 from ckptd.engine.replies import decode_values, finished, refuse
 from ckptd.engine.report import report
-from ckptd.engine.steps import Part, Step
+from ckptd.engine.steps import Closed, Part, Step
 from ckptd.engine.tally import Tally
-from ckptd.errors import (
-    DaemonUnavailableError,
-    ProtocolError,
-    SaveFailedError,
-    SaveUnknownError,
-)
+from ckptd.errors import DaemonUnavailableError, ProtocolError, SaveUnknownError
 from ckptd.pipeline.commit import Verdict, new_outcome
-from ckptd.version import __version__
 from ckptd.wire import messages as say
 
 
@@ -148,7 +142,7 @@ class Engine:
         )
         job.welcome(hello.rank)
         self._forget_older(hello)
-        yield ev.Send(client.number, say.Welcome(say.PROTOCOL, 0, __version__))
+        yield ev.Send(client.number, say.Welcome())
 
     def _forget_older(self, hello: say.Hello) -> None:
         """Forget earlier attempts of a root of which nothing is left."""
@@ -165,11 +159,11 @@ class Engine:
             if not is_goodbye:
                 self.lifetime.vanished()
                 if client.job in self.jobs:
-                    self.jobs[client.job].part(client.hello.rank, client.number)
+                    self.jobs[client.job].note_vanished(client.hello.rank, client.number)
             yield from self._let_go(client)
         if event.is_dead:
             for job in self.jobs.values():
-                job.bury(event.client)
+                job.note_dead(event.client)
 
     def _expel(
         self, client: Client, reason: str, kind: str = ProtocolError.__name__
@@ -193,7 +187,7 @@ class Engine:
         values = decode_values(handoff.values)
         job.hear_of(handoff.previous)
         if step_id in job.closed:
-            yield from self._late(client, handoff.step, handoff.sequence, job.closed[step_id])
+            yield from self._late(client, handoff.sequence, job.closed[step_id])
             return
         if self.is_draining and step_id not in job.steps:
             yield from self._expel(
@@ -201,6 +195,8 @@ class Engine:
             )
             return
         step = job.step_of(handoff.step, handoff.sequence, now, client.hello)
+        if step.sequence != handoff.sequence:
+            return  # its word comes with the step's verdict
         if client.hello.rank in step.parts:
             yield from self._again(client, step, handoff)
             return
@@ -220,21 +216,23 @@ class Engine:
     def _again(self, client: Client, step: Step, handoff: say.Handoff) -> Iterator[Effect]:
         """Take a part that is here already: the connection was lost, this daemon was not."""
         part = step.parts[client.hello.rank]
-        if part.key.sequence != handoff.sequence or part.client == client.number:
+        if part.client == client.number:
             step.fail(f"rank {client.hello.rank} handed step {handoff.step} off twice", ())
             return
         part.client = client.number
         if part.state == "written":
-            yield ev.Send(client.number, say.Written(handoff.step, handoff.sequence, 0))
+            yield ev.Send(client.number, say.Written(handoff.step, handoff.sequence))
 
     def _watch(self, client: Client, watch: say.Watch, now: float) -> Iterator[Effect]:
         job = self._job(client)
         step_id = job.step_id(watch.step)
         job.hear_of(watch.previous)
         if step_id in job.closed:
-            yield from self._late(client, watch.step, watch.sequence, job.closed[step_id])
+            yield from self._late(client, watch.sequence, job.closed[step_id])
             return
         step = job.step_of(watch.step, watch.sequence, now, client.hello)
+        if step.sequence != watch.sequence:
+            return
         step.is_watched = True
         key = PartKey(step.key, client.hello.rank, watch.sequence)
         step.parts.setdefault(client.hello.rank, Part(key, client.number, "written"))
@@ -243,15 +241,14 @@ class Engine:
         job, rank = self._job(client), client.hello.rank
         step_id = job.step_id(forfeit.step)
         if step_id in job.closed:
-            yield from self._late(client, forfeit.step, forfeit.sequence, job.closed[step_id])
+            yield from self._late(client, forfeit.sequence, job.closed[step_id])
             return
         step = job.step_of(forfeit.step, forfeit.sequence, now, client.hello)
-        outcome = new_outcome(
-            step_id, rank, job.world_size, forfeit.sequence, forfeit.state, forfeit.reason
+        step.forfeit(
+            new_outcome(
+                step_id, rank, job.world_size, forfeit.sequence, forfeit.state, forfeit.reason
+            )
         )
-        kind = "SaveSkippedError" if forfeit.state == "skipped" else SaveFailedError.__name__
-        text = f"step {forfeit.step}: rank {rank} {forfeit.state}: {forfeit.reason}"
-        step.forfeit(outcome, Verdict(forfeit.state, kind, text, ranks=(rank,)))
 
     def _chunks_stored(self, event: ev.ChunksStored) -> Iterator[Effect]:
         yield from self._was_read(event.part)
@@ -278,8 +275,7 @@ class Engine:
         _, step, part = found
         part.state = "written"
         step.hurry()
-        stored = sum(chunk.stored_bytes for chunk in part.chunks)
-        yield ev.Send(part.client, say.Written(step.key.id.step, step.sequence, stored))
+        yield ev.Send(part.client, say.Written(step.key.id.step, step.sequence))
 
     def _part_failed(self, event: ev.PartFailed) -> Iterator[Effect]:
         yield from self._was_read(event.part)
@@ -287,13 +283,11 @@ class Engine:
         if found is None:
             return
         job, step, _ = found
-        del step.parts[event.part.rank]
-        outcome = new_outcome(
-            step.key.id, event.part.rank, job.world_size, step.sequence, "failed", event.reason
+        rank = event.part.rank
+        del step.parts[rank]
+        step.forfeit(
+            new_outcome(step.key.id, rank, job.world_size, step.sequence, "failed", event.reason)
         )
-        text = f"step {step.key.id.step}: rank {event.part.rank} failed: {event.reason}"
-        ranks = (event.part.rank,)
-        step.forfeit(outcome, Verdict("failed", SaveFailedError.__name__, text, ranks=ranks))
 
     def _was_read(self, part: PartKey) -> Iterator[Effect]:
         """Note that a part's slot is not being read any more."""
@@ -322,11 +316,12 @@ class Engine:
             yield from self._close(*found, verdict, now)
 
     def _close(self, job: Job, step: Step, verdict: Verdict, now: float) -> Iterator[Effect]:
-        job.close(step, verdict)
+        closed = job.close(step, verdict)
         self.tally.count(verdict, step.key.id, now)
         for client in self.clients.values():
             if client.job == (job.root, job.attempt) and client.is_here:
-                yield ev.Send(client.number, finished(step.key.id.step, step.sequence, verdict))
+                sequence = step.saves.get(client.hello.rank, step.sequence)
+                yield ev.Send(client.number, finished(sequence, closed))
         for other in list(job.steps.values()):
             if 0 in other.parts:
                 yield from self._put_if_free(job, other, other.parts[0])
@@ -341,12 +336,11 @@ class Engine:
         step.wait(now)
         return job, step
 
-    def _late(
-        self, client: Client, step: int, sequence: int, verdict: Verdict
-    ) -> Iterator[Effect]:  # fmt: skip
+    def _late(self, client: Client, sequence: int, closed: Closed) -> Iterator[Effect]:
         """Answer a part of a step that has its verdict already."""
-        yield ev.Send(client.number, say.Written(step, sequence, 0))
-        yield ev.Send(client.number, finished(step, sequence, verdict))
+        if sequence == closed.sequence:
+            yield ev.Send(client.number, say.Written(closed.step, sequence))
+        yield ev.Send(client.number, finished(sequence, closed))
 
     # --- what is due ---------------------------------------------------------------------------
 
@@ -374,7 +368,7 @@ class Engine:
             if client.is_settling and not any(
                 job.is_undecided()
                 for job in self.jobs.values()
-                if (job.root, job.attempt != client.hello.attempt) == (client.hello.root, True)
+                if job.root == client.hello.root and job.attempt < client.hello.attempt
             ):
                 client.is_settling = False
                 yield ev.Send(client.number, say.Settled())

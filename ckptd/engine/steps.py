@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ckptd.engine.events import End, PartKey, Poll, StepKey, Try
 from ckptd.errors import SaveFailedError
 from ckptd.model.manifest import Chunk, Outcome
-from ckptd.pipeline.commit import Verdict, incomplete
+from ckptd.pipeline.commit import Verdict, incomplete, outcome_verdict
 from ckptd.wire.messages import Handoff, Recipe
 
 FIRST_POLL_S = 0.02
@@ -36,6 +36,21 @@ class Part:
     chunks: tuple[Chunk, ...] = ()
 
 
+class Closed(NamedTuple):
+    """A step that has its verdict, which is one on the save numbered `sequence`."""
+
+    step: int
+    sequence: int
+    verdict: Verdict
+
+    def verdict_on(self, sequence: int) -> Verdict:
+        """Return the verdict on a save of this step: nobody stored another one than `sequence`."""
+        if sequence == self.sequence:
+            return self.verdict
+        reason = two_saves(self.step, self.sequence, sequence)
+        return Verdict("failed", SaveFailedError.__name__, reason)
+
+
 @dataclass
 class Step:
     """A step that has no verdict yet.
@@ -43,7 +58,8 @@ class Step:
     `doom` is set once it is known that the step cannot be committed; only a tombstone makes that
     final. `is_waiting` says that there was nothing to do when last looked: only an event changes
     that, or the end of `timeout_s`. `is_watched`: a part came to the store through a daemon that is
-    gone, so others may have too, and their ranks may know the outcome and never ask here.
+    gone, so others may have too, and their ranks may know the outcome and never ask here. `saves`
+    has the sequence number under which each local rank spoke of the step.
     """
 
     key: StepKey
@@ -51,6 +67,7 @@ class Step:
     since: float
     timeout_s: float
     silence_s: float
+    saves: dict[int, int] = field(default_factory=dict)
     parts: dict[int, Part] = field(default_factory=dict)
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     doom: Verdict | None = None
@@ -71,16 +88,27 @@ class Step:
         """Tell whether some part is still on its way to the store."""
         return any(part.state != "written" for part in self.parts.values())
 
+    def note_save(self, rank: int, sequence: int) -> None:
+        """Note under which sequence number a rank speaks of this step; two saves of it doom it."""
+        self.saves[rank] = sequence
+        if sequence != self.sequence:
+            step = self.key.id.step
+            is_own = rank in self.parts
+            self.fail(
+                f"rank {rank} handed step {step} off twice" if is_own
+                else two_saves(step, self.sequence, sequence), (),
+            )  # fmt: skip
+
     def fail(self, reason: str, ranks: tuple[int, ...]) -> None:
         """Doom the step, unless it is doomed already: the first reason is the one reported."""
         if self.doom is None:
             self.doom = Verdict("failed", SaveFailedError.__name__, reason, ranks=ranks)
         self.hurry()
 
-    def forfeit(self, outcome: Outcome, verdict: Verdict) -> None:
+    def forfeit(self, outcome: Outcome) -> None:
         """Doom the step because one rank delivers nothing."""
         self.outcomes[outcome.rank] = outcome
-        self.doom = self.doom or verdict
+        self.doom = self.doom or outcome_verdict(outcome)
         self.hurry()
 
     def hurry(self) -> None:
@@ -134,3 +162,8 @@ class Step:
         if self.has_written(0) or now - self.since >= self.silence_s:
             return Try(self.key, world_size)
         return Poll(self.key, world_size)
+
+
+def two_saves(step: int, one: int, other: int) -> str:
+    """Say why a save of a step is refused of which there is another one."""
+    return f"step {step} is save {one} on one rank and {other} on another"

@@ -157,7 +157,7 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
                 continue
             record, size, digest = _read_rank(store, step, number)
             if isinstance(record, Outcome):
-                return end_step(store, step, world_size, _of_outcome(record))
+                return end_step(store, step, world_size, outcome_verdict(record))
             records.append((record, size, digest))
         if missing:
             verdict = read_verdict(store, step, world_size)
@@ -264,7 +264,8 @@ def _read_part(store: Store, key: str, cause: Exception) -> RankManifest | Outco
     return decode_record(data, RankManifest | Outcome, key=key)
 
 
-def _of_outcome(record: Outcome) -> Verdict:
+def outcome_verdict(record: Outcome) -> Verdict:
+    """Return the verdict on a step to which a rank delivers nothing."""
     kind = "SaveSkippedError" if record.state == "skipped" else SaveFailedError.__name__
     reason = f"step {record.step}: rank {record.rank} {record.state}: {record.reason}"
     return Verdict(record.state, kind, reason, ranks=(record.rank,))
@@ -288,7 +289,7 @@ def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
             damage = damage or error
             continue
         if isinstance(record, Outcome):
-            return _of_outcome(record)
+            return outcome_verdict(record)
         parts.append((record, size, digest))
     if damage is not None:
         return verdict_of(damage)

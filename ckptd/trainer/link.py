@@ -232,8 +232,8 @@ class Link:
                 self._told_arena = number
             if pending.recipe.recipe not in self._told_recipes:
                 port.send(pending.recipe)
-                # The daemon remembers four (engine.clients.MAX_RECIPES).
-                self._told_recipes = [*self._told_recipes, pending.recipe.recipe][-4:]
+                told = [*self._told_recipes, pending.recipe.recipe]
+                self._told_recipes = told[-say.MAX_RECIPES :]
         failpoints.hit("link.send")
         pending.is_sent = True
         port.send(message)

@@ -150,7 +150,7 @@ def hello_of(options: Options, meeting: Meeting, attempt: Attempt) -> say.Hello:
     return say.Hello(
         protocol=say.PROTOCOL, root=options.url, storage_options=options.storage_options,
         attempt=attempt.ordinal, token=attempt.token, rank=meeting.rank,
-        world_size=meeting.world_size, pid=os.getpid(), compression=options.compression,
+        world_size=meeting.world_size, compression=options.compression,
         commit_timeout_s=options.commit_timeout_s,
     )  # fmt: skip
 

@@ -62,11 +62,6 @@ class Channel:
         """Return the socket's descriptor, -1 once closed."""
         return self._socket.fileno()
 
-    @property
-    def is_closed(self) -> bool:
-        """Tell whether `close` was called."""
-        return self._socket.fileno() < 0
-
     def accept_large_frames(self) -> None:
         """Accept frames of `frames.MAX_FRAME_BYTES` from here on: the hello was accepted."""
         self._reader.max_bytes = frames.MAX_FRAME_BYTES

@@ -63,11 +63,6 @@ class FrameReader:
         """Tell whether a frame has begun and not ended: the other end owes the rest of it."""
         return bool(self._buffer)
 
-    @property
-    def held_bytes(self) -> int:
-        """The bytes of the frame that has begun."""
-        return len(self._buffer)
-
     def feed(self, data: bytes | bytearray | memoryview) -> list[Message]:
         """Take the next bytes and return the messages that they complete, in order.
 

@@ -15,6 +15,7 @@ from ckptd.model.columns import Columns
 from ckptd.model.tensor import Tensor
 
 PROTOCOL = 1
+MAX_RECIPES = 4  # of one connection: a daemon forgets the oldest, and a trainer counts on it
 MAX_VALUES_BYTES = 48 << 20
 
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
@@ -41,7 +42,6 @@ class Hello(Message, frozen=True, tag="hello"):
     token: Name
     rank: Count
     world_size: Count
-    pid: Count
     compression: Literal["auto", "zstd", "none"]
     commit_timeout_s: float
 
@@ -84,7 +84,8 @@ class Handoff(Message, frozen=True, tag="handoff"):
     """A whole snapshot lies in a slot; the daemon answers with `Written` and then `Finished`.
 
     `values` is a JSON object of tagged values. `previous` is the newest checkpoint of the line that
-    the trainer knows to be committed: at first the one it resumed from. The same snapshot may be handed off again after a lost connection.
+    the trainer knows to be committed: at first the one it resumed from. The same snapshot may be
+    handed off again after a lost connection.
     """
 
     step: Count
@@ -129,19 +130,11 @@ class Ask(Message, frozen=True, tag="ask"):
     """From `ckptd status`: answer with `Report`. The only message that needs no hello before it."""
 
 
-class Stop(Message, frozen=True, tag="stop"):
-    """From `ckptd daemon --stop`: drain, then exit."""
-
-
 # --- daemon to trainer -------------------------------------------------------------------------
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
     """The hello was accepted."""
-
-    protocol: int
-    pid: Count
-    version: Name
 
 
 class Refused(Message, frozen=True, tag="refused"):
@@ -156,7 +149,6 @@ class Written(Message, frozen=True, tag="written"):
 
     step: Count
     sequence: Count
-    stored_bytes: Count
 
 
 class Finished(Message, frozen=True, tag="finished"):
@@ -181,7 +173,5 @@ class Report(Message, frozen=True, tag="report"):
     body: bytes
 
 
-FromTrainer = (
-    Hello | Arena | Recipe | Handoff | Watch | Forfeit | Settle | Goodbye | Ask | Stop
-)  # fmt: skip
+FromTrainer = Hello | Arena | Recipe | Handoff | Watch | Forfeit | Settle | Goodbye | Ask
 FromDaemon = Welcome | Refused | Written | Finished | Settled | Report

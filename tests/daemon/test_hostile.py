@@ -33,7 +33,7 @@ pytestmark = pytest.mark.system
 def hello(root: str, **changes: object) -> say.Hello:
     base = say.Hello(
         protocol=say.PROTOCOL, root=root, storage_options={}, attempt=2, token="x", rank=0,
-        world_size=1, pid=0, compression="auto", commit_timeout_s=60.0,
+        world_size=1, compression="auto", commit_timeout_s=60.0,
     )  # fmt: skip
     return msgspec.structs.replace(base, **changes)
 

@@ -93,8 +93,9 @@ def test_d2_a_snapshot_is_committed_with_the_bytes_that_were_handed_over(
     trainer = Trainer(bench, root)
     trainer.join()
     trainer.save(10, 1)
-    assert bench.wait_for(say.Written).stored_bytes > 0
+    assert bench.wait_for(say.Written)
     assert trainer.word().state == "committed"
+    assert bench.runner.engine.tally.stored_bytes > 0
     store = MemoryStore.shared(root)
     assert stored(store, StepId(1, 10), trainer.bytes) == noise(10, trainer.bytes)
     assert verify(store, StepId(1, 10), is_data=True).is_whole

@@ -22,7 +22,7 @@ DIGEST = "0" * 32
 def hello(rank: int = 0, world_size: int = 1, attempt: int = 1, *, root: str = ROOT) -> say.Hello:
     return say.Hello(
         protocol=say.PROTOCOL, root=root, storage_options={}, attempt=attempt, token=f"t{attempt}",
-        rank=rank, world_size=world_size, pid=1, compression="auto", commit_timeout_s=60.0,
+        rank=rank, world_size=world_size, compression="auto", commit_timeout_s=60.0,
     )  # fmt: skip
 
 

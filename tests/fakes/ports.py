@@ -112,7 +112,7 @@ class FakeDaemon:
 def welcome(port: FakePort, message: say.FromTrainer) -> None:
     """Answer a hello, and nothing else."""
     if isinstance(message, say.Hello):
-        port.answer(say.Welcome(say.PROTOCOL, 1, "test"))
+        port.answer(say.Welcome())
 
 
 def commit_all(port: FakePort, message: say.FromTrainer) -> None:
@@ -127,7 +127,7 @@ def commit_all(port: FakePort, message: say.FromTrainer) -> None:
 
 
 def written(step: int, sequence: int = 1) -> say.Written:
-    return say.Written(step, sequence, 1)
+    return say.Written(step, sequence)
 
 
 def finished(step: int, sequence: int = 1, state: str = "committed", kind: str = "",

@@ -73,7 +73,7 @@ class FakeTrainer:
         self.shapes = shapes
         self.hello = say.Hello(
             protocol=say.PROTOCOL, root=root, storage_options={}, attempt=attempt, token="fake",
-            rank=rank, world_size=world_size, pid=0, compression="auto",
+            rank=rank, world_size=world_size, compression="auto",
             commit_timeout_s=commit_timeout_s,
         )  # fmt: skip
         layout = layout_of(shapes)

@@ -148,14 +148,12 @@ def test_a_new_arena_or_recipe_is_announced_before_the_handoff_that_needs_it(sta
 
 
 def test_a_recipe_that_the_daemon_has_forgotten_is_said_again(start) -> None:
-    from ckptd.engine.clients import MAX_RECIPES
-
     trainer = start(commit_all)
-    for step in range(1, MAX_RECIPES + 2):
+    for step in range(1, say.MAX_RECIPES + 2):
         trainer.save(step, recipe=step).result(WAIT_S)
     trainer.save(90, recipe=1).result(WAIT_S)
     said = [m.recipe for m in trainer.daemon.ports[0].heard if isinstance(m, say.Recipe)]
-    assert said == [*range(1, MAX_RECIPES + 2), 1]
+    assert said == [*range(1, say.MAX_RECIPES + 2), 1]
 
 
 def test_the_slot_comes_back_with_written_and_the_word_with_finished(start) -> None:

@@ -294,7 +294,7 @@ def test_close_closes_untaken_descriptors_and_may_be_repeated() -> None:
         assert len(daemon.taken_fds) == 2
         daemon.close()
         daemon.close()
-        assert daemon.is_closed
+        assert daemon.fileno() == -1
         a.close()
 
 
