@@ -17,7 +17,6 @@ from ckptd.plan.reading import ChunkRead, Region
 from ckptd.store.base import Store
 
 Sink = Callable[[Region, memoryview], None]
-Progress = Callable[[int], None]
 
 BUDGET_BYTES = 256 << 20
 
@@ -103,15 +102,14 @@ def read_chunks(
     *,
     threads: int = 2,
     budget_bytes: int = BUDGET_BYTES,
-    progress: Progress | None = None,
 ) -> None:
     """Read chunks and give `sink` the verified bytes of each region.
 
     `sink` is called from up to `threads` threads at once, with the row-major bytes of the region's
     box; the view is valid only during the call. No byte reaches it before its block was verified.
     Staging and fetched bytes stay within `budget_bytes` as far as one chunk at a time allows:
-    fewer threads run where chunks are large. `progress` gets the raw bytes of each chunk done, from
-    those threads too. The first failure stops the rest; all threads have ended on return.
+    fewer threads run where chunks are large. The first failure stops the rest; all threads have
+    ended on return.
 
     Raises:
         CorruptError: a chunk is missing or damaged; `key` names it. Other chunks may have reached
@@ -134,8 +132,6 @@ def read_chunks(
             if not hasattr(local, "loader"):
                 local.loader = Loader(store)
             _deliver(local.loader, read, sink)
-            if progress is not None:
-                progress(read.chunk.raw_bytes)
         except BaseException:
             stop.set()  # at once: the caller may wake up many chunks later
             raise

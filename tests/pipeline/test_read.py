@@ -227,12 +227,6 @@ def test_the_first_failure_stops_the_rest_and_no_thread_is_left():
     assert not [t for t in threading.enumerate() if t.name.startswith("ckptd-read")]
 
 
-def test_progress_counts_every_raw_byte_once():
-    done = []
-    fetch(STORE, whole(), progress=done.append)
-    assert sum(done) == sum(array.nbytes for array in TENSORS.values())
-
-
 def test_a_small_budget_reads_one_chunk_at_a_time():
     names = set()
     reads = planned(STORE, whole())
