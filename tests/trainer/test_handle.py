@@ -79,16 +79,26 @@ def test_d11_an_error_is_untold_exactly_once() -> None:
     assert it.take_untold_error() is None
 
 
-@pytest.mark.parametrize("is_resolved_first", [True, False])
-def test_an_error_that_the_caller_hears_is_told(is_resolved_first: bool) -> None:
+def test_an_error_that_the_caller_hears_right_now_is_told() -> None:
     it = handle()
-    if is_resolved_first:
-        it.resolve(SaveFailedError("because", step=7))
-        it.tell()
-    else:
-        it.tell()
-        it.resolve(SaveFailedError("because", step=7))
+    it.refuse(SaveFailedError("because", step=7))
+    assert it.is_done
     assert it.take_untold_error() is None
+    with pytest.raises(SaveFailedError, match="because"):
+        it.result(0)
+
+
+def test_saving_a_step_again_that_failed_says_so_although_it_was_told() -> None:
+    it = handle()
+    it.raise_again()  # nothing is known yet
+    it.refuse(SaveFailedError("because", step=7))
+    for _ in range(2):
+        with pytest.raises(SaveFailedError, match=r"step 7 failed before.*because") as caught:
+            it.raise_again()
+        assert caught.value.step == 7
+    good = handle()
+    good.resolve(None)
+    good.raise_again()
 
 
 def test_an_error_raised_by_result_is_told() -> None:

@@ -238,7 +238,7 @@ def test_r2_a_bug_on_one_rank_raises_on_all(job: Job) -> None:
 
     job.write(NEW, [one(2.0, thing=Fine())] * 2)
     zero, one_ = job.resume([one(thing=Broken()), one(thing=Fine())])
-    assert isinstance(zero.error, ZeroDivisionError)
+    assert "a bug of the job" in repr(zero.error)
     assert isinstance(one_.error, CkptdError)
     assert "rank 0" in str(one_.error)
     assert "a bug of the job" in str(one_.error)
