@@ -355,6 +355,14 @@ def test_s6_a_client_that_never_reads_is_dropped_and_others_are_served(
         assert good.outcome(10).state == "committed"
 
 
+def is_at_end(client: Attacker) -> bool:
+    """Tell whether the daemon has closed this connection."""
+    try:
+        return client.socket.recv(1) == b""
+    except BlockingIOError:
+        return False
+
+
 def test_l6_clients_beyond_the_descriptor_limit_are_turned_away_and_come_back_later(
     place: Place,
 ) -> None:
@@ -364,8 +372,11 @@ def test_l6_clients_beyond_the_descriptor_limit_are_turned_away_and_come_back_la
         ["prlimit", f"--pid={daemon.pid}", f"--nofile={limit}:{limit}"], check=True
     )  # fmt: skip
     with ExitStack() as crowd:
-        for _ in range(40):
-            crowd.enter_context(Attacker(daemon, place.root))
+        clients = [crowd.enter_context(Attacker(daemon, place.root)) for _ in range(40)]
+        for client in clients:
+            client.socket.setblocking(False)
+        wait_until(lambda: any(map(is_at_end, clients)), "somebody is turned away")
+        assert not all(map(is_at_end, clients)), "there is room for some"
     with FakeTrainer(daemon.socket, place.root) as good:
         wait_until(lambda: daemon.fd_count() < limit - 8, "the crowd is gone")
         good.connect().save(10, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -78,3 +79,34 @@ def test_messages_before_an_arena_may_come_in_the_same_read(tmp_path: Path) -> N
     server.stop()
     thread.join()
     unlisten(path, listener)
+
+
+def test_p6_a_signal_that_another_thread_gets_wakes_the_one_that_serves(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    listener = listen(path)
+    runner = SlowRunner()
+    server = Server(listener.socket, {os.geteuid()})
+    has_ended = threading.Event()
+    in_time: list[bool] = []
+
+    def disturb() -> None:
+        with connect(path, deadline_s=10.0) as client:
+            client.sendall(frames.encode(say.Ask()))
+            wait_until(lambda: runner.events, "it serves")
+        wait_until(lambda: runner.events[-1] == ev.Gone(1, is_dead=False), "it waits again")
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        in_time.append(has_ended.wait(20.0))
+        if not in_time[0]:
+            server.stop()
+
+    before = signal.signal(signal.SIGUSR1, lambda _number, _frame: server.stop())
+    signal.set_wakeup_fd(server.wake_fd(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    server.serve(runner)
+    has_ended.set()
+    thread.join()
+    signal.signal(signal.SIGUSR1, before)
+    unlisten(path, listener)
+    assert in_time == [True]
+    assert signal.set_wakeup_fd(-1) == -1, "its descriptor is closed"

@@ -58,9 +58,11 @@ class Bench:
         self.now += seconds
         return self.on(ev.Tick())
 
-    def join(self, client: int, rank: int = 0, world_size: int = 1, attempt: int = 1) -> None:
+    def join(
+        self, client: int, rank: int = 0, world_size: int = 1, attempt: int = 1, *, root: str = ROOT
+    ) -> None:  # fmt: skip
         """Bring a client to the point where it may hand off."""
-        self.say(client, hello(rank, world_size, attempt))
+        self.say(client, hello(rank, world_size, attempt, root=root))
         self.on(ev.Opened(client))
         self.say(client, say.Arena(1, 2, 8192))
         self.say(client, recipe())
