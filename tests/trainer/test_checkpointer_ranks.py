@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ckptd.errors import (
     CkptdError,
@@ -192,6 +193,32 @@ def test_replicas_that_differ_are_refused_with_their_name_and_ranks(start: Start
         assert isinstance(error, ReplicaMismatchError)
         assert error.fqn.startswith("model.")
         assert set(error.ranks) == {0, 1}
+
+
+@pytest.mark.parametrize("is_agreed", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_r2_buffers_that_differ_are_those_of_the_lowest_rank_for_all(
+    start: Start, world_size: int, is_agreed: bool
+) -> None:
+    """Under DDP the statistics of BatchNorm differ on every rank; parts of several are nobody's."""
+
+    def norm(value: float) -> nn.BatchNorm1d:
+        made = nn.BatchNorm1d(5)
+        made.running_mean.fill_(value)
+        return made
+
+    job = start(2)
+    states = [make_state(1, norm=norm(rank + 1.0)) for rank in range(2)]
+    for handle in job.save(1, states):
+        handle.result(WAIT_S)
+    if is_agreed:
+        job.wait_planned()
+        for step in (2, 3):
+            for handle in job.save(step, states):
+                handle.result(WAIT_S)
+    others = [make_state(5, norm=norm(9.0)) for _ in range(world_size)]
+    start(world_size).resume(others)
+    assert [set(other["norm"].running_mean.tolist()) for other in others] == [{1.0}] * world_size
 
 
 def test_values_that_differ_are_kept_per_rank_and_come_back(start: Start) -> None:

@@ -386,7 +386,9 @@ def test_r3_a_value_that_differed_is_refused_by_name_on_another_number_of_ranks(
     assert values_of(states) == [0.0] * world_size
     for state in states:
         del state["seed"]
-    all_resumed(job.resume(states))
+    for resumed in all_resumed(job.resume(states)):
+        assert "seed" not in resumed.values, "it is nobody's"
+        assert resumed.values["epoch"] == 0
 
 
 def test_a_value_that_differed_is_each_ranks_own_on_the_same_number_of_ranks(job: Job) -> None:
