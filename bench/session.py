@@ -9,6 +9,7 @@ steps until the save is durable. What happened is written to EVENTS, a line per 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -56,6 +57,10 @@ class Session:
         self._copies: list[torch.Tensor] = []
         self._last: dict[str, int] = {}
         self._save = 0
+
+    def close(self) -> None:
+        """Close the file of events."""
+        self._file.close()
 
     def say(self, event: str, **facts: Any) -> None:
         """Write an event."""
@@ -218,7 +223,8 @@ def main() -> None:
     warnings.simplefilter("ignore")  # deprecations inside of the peers
     plan = Plan(json.loads(Path(sys.argv[1]).read_text()))
     join()
-    Session(plan, Path(sys.argv[2])).run()
+    with contextlib.closing(Session(plan, Path(sys.argv[2]))) as session:
+        session.run()
     dist.destroy_process_group()
 
 
