@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptd.errors import LayoutError, UnsupportedValueError
+from ckptd.errors import ConfigError, LayoutError, UnsupportedValueError
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import MAX_FQN_CHARS, Kind
@@ -87,13 +87,33 @@ class Survey(NamedTuple):
     names: Names
 
 
+def check_state(state: object) -> None:
+    """Check that a state is a mapping, and that the names in it can be names.
+
+    Raises:
+        ConfigError: saying what it is instead.
+    """
+    if not isinstance(state, Mapping):
+        raise ConfigError(
+            'state is a mapping from names to what they hold, such as {"model": model};'
+            f" this is a {type(state).__name__}"
+        )
+    for name in state:
+        if type(name) is not str or not name or "/" in name or not name.isprintable():
+            raise ConfigError(
+                f"{name!r} cannot be the name of an entry of the state: names are non-empty strings"
+                " without slashes, of printable characters"
+            )
+
+
 def survey(state: Mapping[str, object]) -> Survey:
     """Tell what each entry of a state is.
 
     Raises:
-        LayoutError: an entry's name cannot be one.
+        ConfigError: this is no mapping, or an entry's name cannot be one.
         UnsupportedValueError: an entry is of a type that is refused.
     """
+    check_state(state)
     parts = [_part(name, value) for name, value in state.items()]
     modules = {
         part.name: [module_state(module, f"{part.name}.") for module in part.live]
@@ -117,6 +137,7 @@ def flatten(
     not changed their type since are not checked again. The state of generators is taken last.
 
     Raises:
+        ConfigError: this is no mapping, or an entry's name cannot be one.
         LayoutError: two tensors have one name, or a parameter of an optimizer has none.
         UnsupportedValueError: a tensor or value has no stored form; the error names it.
     """
@@ -138,9 +159,7 @@ def flatten(
     return sink.freeze({k: tree for k, tree in values.items() if k not in empty}, previous)
 
 
-def _part(name: object, value: object) -> Part:
-    if type(name) is not str or not name or "/" in name or not name.isprintable():
-        raise LayoutError(f"{name!r} cannot be the name of an entry of the state: no slashes")
+def _part(name: str, value: object) -> Part:
     items: list[Any] = list(value) if isinstance(value, (list, tuple)) and value else [value]
     if all(isinstance(item, nn.Module) for item in items):
         return Part(name, "module", value, items)

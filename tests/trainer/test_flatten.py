@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from ckptd.errors import LayoutError, UnsupportedValueError
+from ckptd.errors import ConfigError, LayoutError, UnsupportedValueError
 from ckptd.trainer import rng
-from ckptd.trainer.flatten import flatten
+from ckptd.trainer.flatten import flatten, survey
 from ckptd.trainer.layouts import fingerprints, layout_of, predicted_layout
 from ckptd.trainer.rng import RNGState
 from ckptd.trainer.values import PerRank
@@ -102,8 +102,26 @@ def test_a_collision_of_names_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "a\nb", 3])
 def test_bad_names_of_entries_are_refused(name) -> None:
-    with pytest.raises(LayoutError):
-        flatten({name: 1})
+    for read in (flatten, survey):
+        with pytest.raises(ConfigError, match="names are non-empty strings without slashes"):
+            read({name: 1})
+
+
+@pytest.mark.parametrize(
+    ("state", "kind"),
+    [
+        (nn.Linear(1, 1), "Linear"),
+        ([nn.Linear(1, 1)], "list"),
+        (None, "NoneType"),
+        ("model", "str"),
+    ],
+)
+def test_a_state_that_is_no_mapping_is_refused_with_an_example(state, kind) -> None:
+    for read in (flatten, survey):
+        with pytest.raises(
+            ConfigError, match=rf'state is a mapping .*{{"model": model}}; this is a {kind}'
+        ):
+            read(state)
 
 
 def test_a_list_of_modules_is_one_namespace() -> None:
