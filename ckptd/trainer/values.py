@@ -161,8 +161,8 @@ class _Encoder:
     def _pickle(self, value: object, path: str, what: str) -> Tree:
         if not self._allow_pickle:
             raise UnsupportedValueError(
-                f"{path}: {what} has no stored form; leave it out of the state, convert it,"
-                " or pass allow_pickle=True",
+                f"{path}: {what} has no stored form; leave it out of the state, convert it, or make the"
+                " Checkpointer with allow_pickle=True, which stores a pickle: opening one runs code",
                 fqn=path,
             )
         try:
