@@ -6,20 +6,34 @@ their place in the groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch.optim import Optimizer
 
-from ckptd.errors import CorruptError, LayoutError
+from ckptd.errors import LayoutError
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
+from ckptd.trainer.classes import Misfit, SavedGroup, misfit_of_options, misfit_of_state
 from ckptd.trainer.modules import Names
-from ckptd.trainer.optimizers import PROGRAM_OPTIONS, named_groups, step_device
-from ckptd.trainer.stored import Stored, dtype_of, is_optimizer
+from ckptd.trainer.optimizers import PROGRAM_OPTIONS, class_name, named_groups, step_device
+from ckptd.trainer.stored import Stored, check_optimizer, dtype_of, is_optimizer
 from ckptd.trainer.targets import Targets
 from ckptd.trainer.values import tensor_names
+
+log = logging.getLogger("ckptd.trainer")
+
+
+class _Live(NamedTuple):
+    """A live group: where it stands, the names of its parameters here and in the checkpoint."""
+
+    where: str
+    optimizer: Optimizer
+    group: dict[str, Any]
+    fqns: list[str]
+    owners: list[str | None]
 
 
 class _Match(NamedTuple):
@@ -48,38 +62,63 @@ class Moments:
 
     def plan(
         self, stored: Stored, targets: Targets, other_names: Callable[[str], list[str]]
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, torch.Tensor] | None:
         """Find state for each live parameter; returns the tensors that the values refer to.
 
-        `other_names` gives all live names of a tied parameter, its own first.
+        None if the entry is missing, or not strict and of a class that does not fit: then nothing of
+        it is to be touched. `other_names` gives all live names of a tied parameter, its own first.
 
         Raises:
-            LayoutError: parameters that are one group here had different options.
+            LayoutError: parameters that are one group here had different options, or the class that
+                saved the checkpoint has other options or state.
             ShapeMismatchError: state of another shape than the parameter or the live state.
+            CorruptError: the stored value has not the form of an optimizer's.
         """
         tree = stored.values.get(self.name)
         if not is_optimizer(tree):
             targets.missing.append(self.name)
-            return {}
+            return None
         saved = _Saved(self.name, tree, stored)
+        groups = list(self._find_owners(saved, stored, other_names))
+        misfit = next((m for live in groups for m in _misfits(live, saved)), None)
+        if misfit is not None:
+            if targets.strict:
+                raise LayoutError(f"{self.name}: {misfit}", fqn=self.name)
+            log.warning("%s is left as it is: %s", self.name, misfit)
+            targets.missing.append(self.name)
+            return None
+        self._tell_of_classes(groups, saved)
+        for live in groups:
+            self._plan_group(live, saved, targets)
+            self._plan_options(live, saved, targets)
+        return targets.of_tree(tree, {})
+
+    def _find_owners(
+        self, saved: _Saved, stored: Stored, other_names: Callable[[str], list[str]]
+    ) -> Iterator[_Live]:
         for optimizer in self._optimizers:
             for g, (group, fqns) in enumerate(named_groups(self.name, optimizer, self._names)):
                 owners = [
                     saved.owner([n for f in other_names(fqn) for n in stored.other_names(f)])
                     for fqn in fqns
                 ]
-                self._plan_group(optimizer, (group, fqns, owners), saved, targets)
-                self._plan_options(f"{self.name}/groups.{g}", group, owners, saved, targets)
-        return targets.of_tree(tree, {})
+                yield _Live(f"{self.name}/groups.{g}", optimizer, group, fqns, owners)
 
-    def _plan_group(
-        self,
-        optimizer: Optimizer,
-        live: tuple[dict[str, Any], list[str], list[str | None]],
-        saved: _Saved,
-        targets: Targets,
-    ) -> None:
-        group, fqns, owners = live
+    def _tell_of_classes(self, groups: list[_Live], saved: _Saved) -> None:
+        pairs = {
+            (saved.groups[i].class_name, class_name(live.optimizer))
+            for live in groups
+            for i in saved.places_of(live.owners)
+        }
+        for before, now in pairs:
+            if before not in (None, now):
+                log.warning(
+                    "%s: saved with %s, goes on as %s, which has the same options and state",
+                    self.name, before, now,
+                )  # fmt: skip
+
+    def _plan_group(self, live: _Live, saved: _Saved, targets: Targets) -> None:
+        _, optimizer, group, fqns, owners = live
         has_state = any(owner is not None and saved.has_state(owner) for owner in owners)
         for fqn, owner, parameter in zip(fqns, owners, group["params"], strict=True):
             is_known = owner is not None and (saved.has_state(owner) or owner in saved.idle)
@@ -98,33 +137,26 @@ class Moments:
                 }
                 self._matches.append(_Match(optimizer, parameter, owner, tensors))
 
-    def _plan_options(
-        self,
-        where: str,
-        group: dict[str, Any],
-        owners: list[str | None],
-        saved: _Saved,
-        targets: Targets,
-    ) -> None:
-        found = sorted({saved.groups[owner] for owner in owners if owner in saved.groups})
+    def _plan_options(self, live: _Live, saved: _Saved, targets: Targets) -> None:
+        where, owners = live.where, live.owners
+        found = saved.places_of(owners)
         if not found:
             if owners:
                 targets.missing.append(where)
             return
-        options = [saved.options[i] for i in found]
+        options = [saved.groups[i].options for i in found]
         if any(_shared_options(o) != _shared_options(options[0]) for o in options):
             raise LayoutError(
                 f"{where}: its parameters were in groups with different options; group them as before",
                 fqn=where,
             )
-        owner = next(owner for owner in owners if owner in saved.groups)
-        self._groups.append(_GroupMatch(group, str(owner)))
+        owner = next(owner for owner in owners if owner in saved.places)
+        self._groups.append(_GroupMatch(live.group, str(owner)))
 
     def finish(self, value: Any, live_name: Callable[[str], str]) -> None:
-        """Set state and options. `value` is the decoded value of the entry.
+        """Set state and options. `value` is the decoded value of the entry, of a checked form.
 
-        Raises:
-            CorruptError: the value is not that of an optimizer.
+        What the optimizer's own ``__setstate__`` raises is passed on.
         """
         values: dict[str, Any] = {live_name(f): v for f, v in value["state_values"].items()}
         for match in self._matches:
@@ -134,7 +166,7 @@ class Moments:
                 match.optimizer.state[match.parameter] = state
         options = {live_name(f): g["options"] for g in value["groups"] for f in g["params"]}
         for group, owner in self._groups:
-            _set_options(group, options[owner])
+            _set_options(group, options.get(owner, {}))
         for optimizer in self._optimizers:
             _set_shared(optimizer, value.get("shared", {}), is_only=len(self._optimizers) == 1)
             # Classes mend here what older versions of them saved, and fill in options that are new.
@@ -147,17 +179,17 @@ class _Saved:
     """The stored state of one optimizer entry by the live names of parameters."""
 
     def __init__(self, name: str, tree: Tree, stored: Stored) -> None:
-        self.groups: dict[str, int] = {}
+        check_optimizer(name, tree)
+        self.places: dict[str, int] = {}  # of parameters in `groups`
         self.idle: set[str] = set()
         self.tensors: dict[str, dict[str, Tensor]] = {}
-        try:
-            for i, group in enumerate(tree["groups"]):
-                self.groups.update({stored.live_name(fqn): i for fqn in group["params"]})
-                self.idle.update(stored.live_name(fqn) for fqn in group.get("idle", []))
-            self.options = [dict(group["options"]) for group in tree["groups"]]
-            self._values = {stored.live_name(fqn) for fqn in tree["state_values"]}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CorruptError(f"{name}: the stored value is not that of an optimizer") from error
+        for i, group in enumerate(tree["groups"]):
+            self.places.update({stored.live_name(fqn): i for fqn in group["params"]})
+            self.idle.update(stored.live_name(fqn) for fqn in group.get("idle", []))
+        self.groups = [SavedGroup(g.get("class"), g["options"]) for g in tree["groups"]]
+        self._values = {
+            stored.live_name(f): held.keys() for f, held in tree["state_values"].items()
+        }
         inside = set(tensor_names(tree))
         for live, fqn in stored.names.items():
             if live.startswith(f"{name}/") and fqn not in inside:
@@ -169,10 +201,39 @@ class _Saved:
     def has_state(self, owner: str) -> bool:
         return owner in self.tensors or owner in self._values
 
+    def keys(self, owner: str) -> set[str]:
+        """Return the keys of a parameter's state."""
+        return {*self.tensors.get(owner, ()), *self._values.get(owner, ())}
+
     def owner(self, names: list[str]) -> str | None:
         """Return the first of the names of a live parameter that the checkpoint knows."""
-        known = (n for n in names if n in self.groups or self.has_state(n))
+        known = (n for n in names if n in self.places or self.has_state(n))
         return next(known, None)
+
+    def places_of(self, owners: list[str | None]) -> list[int]:
+        """Return which stored groups these parameters were in."""
+        return sorted({self.places[owner] for owner in owners if owner in self.places})
+
+
+def _misfits(live: _Live, saved: _Saved) -> Iterator[Misfit]:
+    """Yield why state that another class saved, or one that is not named, is none for this one."""
+    own = class_name(live.optimizer)
+    others = {i for i in saved.places_of(live.owners) if saved.groups[i].class_name != own}
+    if not others:
+        return
+    for owner, parameter in zip(live.owners, live.group["params"], strict=True):
+        if owner is None or saved.places.get(owner) not in others or not saved.has_state(owner):
+            continue
+        group = saved.groups[saved.places[owner]]
+        held = live.optimizer.state.get(parameter, {}).keys()
+        misfit = misfit_of_state(live.optimizer, live.group, group, saved.keys(owner), held)
+        if misfit is not None:
+            yield misfit
+    for i in sorted(others):
+        if saved.groups[i].class_name is not None:
+            misfit = misfit_of_options(live.optimizer, live.group, saved.groups[i])
+            if misfit is not None:
+                yield misfit
 
 
 class _Place(NamedTuple):

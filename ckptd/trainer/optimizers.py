@@ -8,7 +8,7 @@ group are found again through the parameters in it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -111,8 +111,9 @@ def collect(
 ) -> Tree:
     """Put all state tensors of one entry into `sink` and return what is not a tensor.
 
-    The tree has ``groups`` (the FQNs and options of each, and which of the FQNs are ``idle``: have no
-    state, so that a restore can tell it from state that was lost), ``state_values`` by FQN and key,
+    The tree has ``groups`` (the FQNs and options of each, the ``class`` of its optimizer, and which of
+    the FQNs are ``idle``: have no state, so that a restore can tell it from state that was lost),
+    ``state_values`` by FQN and key,
     and ``shared``: what an optimizer keeps under a name instead of a parameter. The last two and
     ``idle`` only where there is such a thing, ``state_values`` always.
 
@@ -133,7 +134,9 @@ def collect(
             options = {
                 k: encode(f"{where}.{k}", v) for k, v in group.items() if k not in _NOT_OPTIONS
             }
-            tree["groups"].append({"params": params, "options": options})
+            tree["groups"].append(
+                {"params": params, "options": options, "class": class_name(optimizer)}
+            )
             idle = [f for f, p in zip(params, group["params"], strict=True) if not held.get(p)]
             if idle and held:
                 tree["groups"][-1]["idle"] = idle
@@ -150,6 +153,11 @@ def collect(
     if shared:
         tree["shared"] = shared
     return tree
+
+
+def class_name(optimizer: Optimizer) -> str:
+    """Return the name of an optimizer's class as it stands in checkpoints."""
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _collect_one(
@@ -205,17 +213,24 @@ def predict_state(path: str, optimizer: Optimizer, names: Names) -> list[Predict
     Only the classes of torch themselves are known; for any other nothing is predicted, and its
     tensors appear in the layout when they exist.
     """
-    keys = _KEYS.get(type(optimizer))
-    if keys is None:
-        return []
     predicted = []
     for group, fqns in named_groups(path, optimizer, names):
+        keys = state_keys(optimizer, group) or []
         for fqn, parameter in zip(fqns, group["params"], strict=True):
             if parameter.requires_grad and not optimizer.state.get(parameter):
                 predicted += [
-                    _predict(f"{path}/{fqn}/{key}", key, parameter, group) for key in keys(group)
+                    _predict(f"{path}/{fqn}/{key}", key, parameter, group) for key in keys
                 ]
     return predicted
+
+
+def state_keys(optimizer: Optimizer, options: Mapping[str, Any]) -> list[str] | None:
+    """Return the keys of a parameter's state under these options of its group.
+
+    None where the class is not one of torch that is known here.
+    """
+    keys = _KEYS.get(type(optimizer))
+    return None if keys is None else keys(options)
 
 
 def _predict(fqn: str, key: str, parameter: torch.Tensor, group: dict[str, Any]) -> Predicted:
@@ -234,16 +249,16 @@ def step_device(parameter: torch.Tensor, group: dict[str, Any]) -> torch.device:
     return parameter.device if is_read else torch.device("cpu")
 
 
-def _adam_keys(group: dict[str, Any]) -> list[str]:
+def _adam_keys(group: Mapping[str, Any]) -> list[str]:
     return ["step", "exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * bool(group["amsgrad"])
 
 
-def _rmsprop_keys(group: dict[str, Any]) -> list[str]:
+def _rmsprop_keys(group: Mapping[str, Any]) -> list[str]:
     momentum = ["momentum_buffer"] * (group["momentum"] > 0)
     return ["step", "square_avg", *momentum] + ["grad_avg"] * bool(group["centered"])
 
 
-_KEYS: dict[type, Callable[[dict[str, Any]], list[str]]] = {
+_KEYS: dict[type, Callable[[Mapping[str, Any]], list[str]]] = {
     Adam: _adam_keys,
     AdamW: _adam_keys,
     SGD: lambda group: ["momentum_buffer"] * (group["momentum"] != 0),

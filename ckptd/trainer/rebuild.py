@@ -10,21 +10,37 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from ckptd.errors import CorruptError, MissingTensorError
+from ckptd.errors import (
+    CorruptError,
+    MissingTensorError,
+    TornRestoreError,
+    UnsupportedValueError,
+)
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
 from ckptd.trainer import rng
 from ckptd.trainer.flatten import Part, Survey, is_stateful, survey
 from ckptd.trainer.moments import Moments
-from ckptd.trainer.stored import MapLocation, Rename, Stored, is_module, is_optimizer
+from ckptd.trainer.stored import (
+    MapLocation,
+    Rename,
+    Stored,
+    check_optimizer,
+    is_module,
+    is_optimizer,
+)
+from ckptd.trainer.tags import BAD_BODY
 from ckptd.trainer.targets import Target, Targets, write_box
 from ckptd.trainer.values import MAX_DEPTH, PerRank, decode_value, tensor_names
 
@@ -32,6 +48,7 @@ from ckptd.trainer.values import MAX_DEPTH, PerRank, decode_value, tensor_names
 class _Late(NamedTuple):
     """Keys of a module that are no live tensors: they go through its ``load_state_dict``."""
 
+    name: str
     module: torch.nn.Module
     fqns: dict[str, str]
     tensors: dict[str, torch.Tensor]
@@ -99,7 +116,7 @@ class RestorePlan:
 
     Attributes:
         missing: names of the state that the checkpoint does not hold; these are left as they are.
-        unused: names of tensors and values of the checkpoint that the state does not want.
+        unused: names of tensors and values of the checkpoint that the state does not want, each once.
     """
 
     def __init__(
@@ -121,6 +138,7 @@ class RestorePlan:
         self._late: list[_Late] = []
         self._decoded: dict[str, Any] = {}
         self._extra: dict[str, Any] = {}
+        self._unasked: dict[str, Any] = {}
 
     @property
     def targets(self) -> list[Target]:
@@ -134,9 +152,10 @@ class RestorePlan:
 
     @property
     def unused(self) -> list[str]:
-        """Names of tensors and values of the checkpoint that the state does not want."""
-        names = [fqn for fqn in self._stored.tensors if fqn not in self._targets.used]
-        return sorted(names) + sorted(self._stored.values.keys() - self._state.keys())
+        """Names of tensors and values of the checkpoint that the state does not want, each once."""
+        values = self._stored.values.keys()
+        names = self._stored.tensors.keys() - self._targets.used
+        return sorted(names | (values - self._state.keys()) | (values & set(self.missing)))
 
     def write(self, i: int, box: Box, raw: memoryview | bytes | bytearray) -> None:
         """Copy verified bytes (row-major) into a box of target `i`.
@@ -170,16 +189,18 @@ class RestorePlan:
         for part in surveyed.parts:
             if part.role == "optimizer":
                 moments = Moments(part.name, part.live, surveyed.names)
-                self._moments[part.name] = moments
-                self._tensors[part.name] = moments.plan(
+                tensors = moments.plan(
                     self._stored, self._targets, lambda fqn: [fqn, *tied.get(fqn, [])]
                 )
+                if tensors is not None:
+                    self._moments[part.name] = moments
+                    self._tensors[part.name] = tensors
         self._decode()
 
     def _compare_module(self, held: Any) -> Iterator[tuple[str, torch.Tensor]]:
         live = held.live_ids()
         extra = self._stored.extra_states(self._values)
-        late = _Late(held.module, {}, {})
+        late = _Late(held.prefix[:-1], held.module, {}, {})
         for fqn, key, value in zip(held.fqns, held.keys, held.values, strict=True):
             if id(value) in live:
                 yield fqn, value
@@ -228,6 +249,24 @@ class RestorePlan:
             for fqn in late.fqns.values()
             if fqn in extra
         }
+        self._unasked = dict(self._find_unasked())
+        # Damage shows here, so that what goes wrong in `finish` is the live objects' doing.
+        for name in self._moments.keys() & values.keys():
+            check_optimizer(name, values[name])
+        for part in self._parts:
+            if part.role == "rng" and part.name in self._decoded:
+                _check_generators(part.name, self._decoded[part.name])
+
+    def _find_unasked(self) -> Iterator[tuple[str, Any]]:
+        for name in self._values.keys() - self._state.keys():
+            tree = self._values[name]
+            if is_optimizer(tree) or is_module(tree) or any(True for _ in tensor_names(tree)):
+                continue
+            try:
+                value = decode_value(tree, tensors={}, trust_pickle=self._trust_pickle)
+            except UnsupportedValueError:  # a pickle, which nobody asked for
+                continue
+            yield name, value.value if isinstance(value, PerRank) else value
 
     # --- writing ---------------------------------------------------------------------------
 
@@ -243,30 +282,26 @@ class RestorePlan:
             The plain values by name, those among them that the state did not ask for.
 
         Raises:
-            CorruptError: `values` are not in the form of values.
+            CorruptError: `values` are not in the form of values; nothing was set.
+            TornRestoreError: an object did not take its state; some have theirs, others not.
         """
         if values is not None:
             self._values = values
             self._decode()
         for late in self._late:
             extra = {k: self._extra[fqn] for k, fqn in late.fqns.items() if fqn in self._extra}
-            late.module.load_state_dict({**late.tensors, **extra}, strict=False)
+            with _setting(late.name):
+                late.module.load_state_dict({**late.tensors, **extra}, strict=False)
         for name, moments in self._moments.items():
             if name in self._decoded:
-                self._finish_moments(moments)
-        found = self._unasked()
+                with _setting(name):
+                    moments.finish(self._decoded[name], self._stored.live_name)
+        found = dict(self._unasked)
         for part in sorted(self._parts, key=_order):
             if part.name in self._decoded and part.role not in ("module", "optimizer"):
-                self._finish_part(part, self._decoded[part.name], found)
+                with _setting(part.name):
+                    self._finish_part(part, self._decoded[part.name], found)
         return found
-
-    def _finish_moments(self, moments: Moments) -> None:
-        try:
-            moments.finish(self._decoded[moments.name], self._stored.live_name)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise CorruptError(
-                f"{moments.name}: the stored value is not that of an optimizer"
-            ) from error
 
     def _finish_part(self, part: Part, value: Any, found: dict[str, Any]) -> None:
         if part.role == "rng":
@@ -286,15 +321,38 @@ class RestorePlan:
         elif isinstance(self._state, MutableMapping):
             self._state[part.name] = PerRank(inner) if part.role == "per_rank" else inner
 
-    def _unasked(self) -> dict[str, Any]:
-        found = {}
-        for name in self._values.keys() - self._state.keys():
-            tree = self._values[name]
-            if is_optimizer(tree) or is_module(tree) or any(True for _ in tensor_names(tree)):
-                continue
-            value = decode_value(tree, tensors={}, trust_pickle=self._trust_pickle)
-            found[name] = value.value if isinstance(value, PerRank) else value
-        return found
+
+@contextmanager
+def _setting(name: str) -> Iterator[None]:
+    """Name the entry that did not take its state.
+
+    Whatever its own code raises, an error of a stored object too, is no damage of the checkpoint,
+    for which an older one would be taken.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise TornRestoreError(
+            f"{name} did not take its state ({error!r}), and the live objects are changed half: do "
+            "not use them, mend it or leave it out of the state, and start the process again"
+        ) from error
+
+
+def _check_generators(name: str, value: Any) -> None:
+    """Try the stored state of generators on fresh ones.
+
+    Raises:
+        CorruptError: they do not take it.
+    """
+    try:
+        held = value.value
+        version, numbers, gauss = held["python"]
+        random.Random().setstate((version, tuple(numbers.tolist()), gauss))  # noqa: S311 - no secret
+        torch.Generator().set_state(held["torch"])
+        if "numpy" in held:
+            np.random.RandomState().set_state(tuple(held["numpy"]))
+    except BAD_BODY as error:
+        raise CorruptError(f"{name}: not the state of random generators ({error})") from error
 
 
 def _order(part: Part) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -80,6 +80,45 @@ def is_optimizer(tree: Tree) -> bool:
     return type(tree) is dict and {"groups", "state_values"} <= tree.keys()
 
 
+def check_optimizer(name: str, tree: Tree) -> None:
+    """Check that a stored value has the form of an optimizer's, so that setting it cannot trip.
+
+    Raises:
+        CorruptError: it has not.
+    """
+    if not (is_optimizer(tree) and _is_optimizer_form(tree)):
+        raise CorruptError(f"{name}: the stored value is not that of an optimizer")
+
+
+def _is_optimizer_form(tree: Mapping[str, Any]) -> bool:
+    return (
+        type(tree["groups"]) is list
+        and all(map(_is_group_form, tree["groups"]))
+        and _is_object(tree["state_values"])
+        and all(map(_is_object, tree["state_values"].values()))
+        and _is_object(tree.get("shared", {}))
+    )
+
+
+def _is_group_form(group: Tree) -> bool:
+    return (
+        _is_object(group)
+        and _is_object(group.get("options"))
+        and all(_is_names(group.get(key, [])) for key in ("params", "idle"))
+        and "params" in group
+        and type(group.get("class", "")) is str
+    )
+
+
+def _is_names(value: Tree) -> bool:
+    return type(value) is list and all(type(name) is str for name in value)
+
+
+def _is_object(value: Tree) -> TypeGuard[dict[str, Any]]:
+    """Tell whether a stored value is a dict that stands for itself and is not a tag."""
+    return type(value) is dict and not any(key[:1] == "$" for key in value)
+
+
 def is_module(tree: Tree) -> bool:
     """Tell whether a stored value is what is left of a module without its tensors."""
     return (
@@ -109,11 +148,11 @@ def dtype_of(row: Tensor) -> torch.dtype:
     """Return torch's dtype of a row.
 
     Raises:
-        CorruptError: this torch has no such dtype.
+        LayoutError: this torch has no such dtype; another one may.
     """
     dtype = DTYPES.get(row.dtype)
     if dtype is None:
-        raise CorruptError(f"{row.fqn}: this torch has no dtype {row.dtype}")
+        raise LayoutError(f"{row.fqn}: this torch has no dtype {row.dtype}", fqn=row.fqn)
     return dtype
 
 

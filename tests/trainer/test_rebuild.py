@@ -88,11 +88,41 @@ def test_a_shape_that_differs_is_missing_where_not_strict() -> None:
 
 def test_what_nobody_wants_is_unused() -> None:
     saved = save(
-        {"m": nn.Linear(2, 2), "ema": {"w": torch.ones(1)}, "epoch": 3, "loader": Loader([1])}
-    )
+        {"m": nn.Linear(2, 2), "ema": {"w": torch.ones(1)}, "epoch": 3, "loader": Loader([1]),
+         "t": torch.ones(1)}
+    )  # fmt: skip
     found, plan = restore(saved, {"m": nn.Linear(2, 2)})
-    assert plan.unused == ["ema.w", "ema", "epoch", "loader"]
+    assert plan.unused == ["ema", "ema.w", "epoch", "loader", "t"]
     assert found == {"epoch": 3, "loader": [1]}
+
+
+def test_an_entry_of_another_kind_is_missing_and_its_stored_form_unused() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    _, plan = restore(save({"m": model, "o": 3}), {"m": model, "o": optimizer}, strict=False)
+    assert (plan.missing, plan.unused) == (["o"], ["o"])
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    saved = save({"m": model, "o": optimizer})
+    state = {"m": model, "o": 3}
+    _, plan = restore(saved, state, strict=False)
+    assert (plan.missing, plan.unused, state["o"]) == (["o"], ["o"], 3)
+
+
+def test_what_nobody_asked_for_is_damage_where_it_is_malformed_and_left_out_where_pickled() -> None:
+    saved = save({"x": lambda_free, "epoch": 1}, allow_pickle=True)
+    found, plan = restore(saved, {"epoch": 0})
+    assert (found, plan.unused) == ({"epoch": 1}, ["x"])
+    with pytest.raises(CorruptError):
+        wanted(saved._replace(values={"epoch": 1, "y": {"$int": "x"}}), {"epoch": 0})
+
+
+def test_a_dtype_that_this_torch_lacks_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ckptd.trainer import stored
+
+    saved = save({"t": torch.ones(1, dtype=torch.float16)})
+    monkeypatch.setattr(stored, "DTYPES", {})
+    with pytest.raises(LayoutError, match="t: this torch has no dtype float16"):
+        wanted(saved, {"t": None})
 
 
 def test_a_damaged_value_is_found_before_the_first_write() -> None:
@@ -124,12 +154,12 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("tree", HOSTILE, ids=str)
-def test_a_hostile_optimizer_value_is_corrupt_or_does_not_fit(tree: Any) -> None:
+def test_a_hostile_optimizer_value_is_corrupt_and_found_before_the_first_write(tree: Any) -> None:
     model = nn.Linear(2, 2)
     state = {"m": model, "o": torch.optim.SGD(model.parameters(), lr=0.1)}
     saved = save(state)
-    with pytest.raises((CorruptError, LayoutError)):
-        restore(saved._replace(values={"o": tree}), state)
+    with pytest.raises(CorruptError, match="o: the stored value is not that of an optimizer"):
+        wanted(saved._replace(values={"o": tree}), state)
 
 
 # --- values ----------------------------------------------------------------------------------
