@@ -35,7 +35,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--size", type=parse_size, help="bytes of the state (500M; --quick: 64M)")
     parser.add_argument("--rounds", type=int, help="processes, each with a first save (2; 1)")
-    parser.add_argument("--windows", type=int, help="warm saves per engine and round (5; 2)")
+    parser.add_argument("--windows", type=int, help="warm saves per engine and round (4; 2)")
     parser.add_argument("--steps", type=int, help="plain steps before, least steps after (4; 3)")
     parser.add_argument("--engines", help="only these, by the starts of their names: ckptd,dcp")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
@@ -46,7 +46,7 @@ def parse_options() -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     """Return how much to measure; what was asked for goes before the defaults."""
-    default = (64_000_000, 1, 2, 3, 1) if options.quick else (500_000_000, 2, 5, 4, 2)
+    default = (64_000_000, 1, 2, 3, 1) if options.quick else (500_000_000, 2, 4, 4, 1)
     asked = (options.size, options.rounds, options.windows, options.steps, None)
     chosen = [d if a is None else a for a, d in zip(asked, default, strict=True)]
     return Settings(*chosen, with_memory=not (options.no_memory or options.quick))

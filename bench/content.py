@@ -41,7 +41,7 @@ def shape_of(size_bytes: int) -> tuple[int, int]:
 class Job:
     """A training job: `step` trains once, `model` and `optimizer` are its state."""
 
-    def __init__(self, size_bytes: int, *, rows: int = 2, seed: int = 7) -> None:
+    def __init__(self, size_bytes: int, *, rows: int = 1, seed: int = 7) -> None:
         torch.manual_seed(seed)
         self.width, self.depth = shape_of(size_bytes)
         self.model = GPT(self.width, self.depth, self.width // 64)

@@ -87,7 +87,8 @@ class Safetensors(Engine):
         for key, tensor in flat.items():
             if key.startswith("optimizer."):
                 _, number, name = key.split(".")
-                kept.setdefault(int(number), {})[name] = tensor
+                # Tensors of this format go on living in the mapped file: training must own them.
+                kept.setdefault(int(number), {})[name] = tensor.clone()
         self.job.optimizer.load_state_dict({**state, "state": kept})
 
 

@@ -35,6 +35,7 @@ def measure(folder: Path, size_bytes: int = 512 << 20, rounds: int = 3) -> dict[
     }.items():
         found[name] = _speed(once, size_bytes, rounds)
     (folder / "limits.bin").unlink(missing_ok=True)
+    _pair.clear()
     return found
 
 
