@@ -166,4 +166,4 @@ class Step:
 
 def two_saves(step: int, one: int, other: int) -> str:
     """Say why a save of a step is refused of which there is another one."""
-    return f"step {step} is save {one} on one rank and {other} on another"
+    return f"step {step} is save {one} on one rank and {other} on another, by sequence number"

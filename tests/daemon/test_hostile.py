@@ -377,6 +377,7 @@ def test_l6_clients_beyond_the_descriptor_limit_are_turned_away_and_come_back_la
             client.socket.setblocking(False)
         wait_until(lambda: any(map(is_at_end, clients)), "somebody is turned away")
         assert not all(map(is_at_end, clients)), "there is room for some"
+        assert "too slow" not in daemon.text, "they were closed at once, not for their silence"
     with FakeTrainer(daemon.socket, place.root) as good:
         wait_until(lambda: daemon.fd_count() < limit - 8, "the crowd is gone")
         good.connect().save(10, 1)

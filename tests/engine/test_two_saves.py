@@ -7,7 +7,7 @@ import pytest
 from ckptd.engine import events as ev
 from ckptd.pipeline.commit import COMMITTED, Verdict
 from ckptd.wire import messages as say
-from tests.fakes.engines import Bench, handoff, of, said
+from tests.fakes.engines import ROOT, Bench, handoff, of, said
 
 FAILED = Verdict("failed", "SaveFailedError", "because")
 SECOND_SAVES = [handoff(10, 2), say.Watch(10, 2, None), say.Forfeit(10, 2, "skipped", "no slot")]
@@ -43,9 +43,11 @@ def test_d9_two_saves_of_one_open_step_doom_it(bench: Bench, message: say.FromTr
     bench.say(1, handoff(10, 1))
     effects = bench.say(2, message)
     assert not of(ev.Store, effects), "it can never be committed"
+    (step,) = bench.engine.jobs[ROOT, 1].steps.values()
+    assert set(step.parts) == {0}, "what belongs to another save is no part of this one"
     (end,) = of(ev.End, effects)
     assert end.verdict.kind == "SaveFailedError"
-    assert end.verdict.reason == "step 10 is save 1 on one rank and 2 on another"
+    assert "step 10 is save 1 on one rank and 2 on another" in end.verdict.reason
     effects = bench.judge(10, end.verdict)
     (one,) = said(say.Finished, effects, 1)
     (two,) = said(say.Finished, effects, 2)
