@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from ckptd import failpoints
-from ckptd.errors import CkptdError, ConfigError, SaveSkippedError, SlotsBusyError
+from ckptd.errors import CkptdError, ConfigError, LayoutError, SaveSkippedError, SlotsBusyError
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.pipeline.catalog import describe, list_checkpoints
@@ -104,7 +104,8 @@ class Checkpointer:
         )  # fmt: skip
         self._link = Link(
             partial(open_port, self.options), hello_of(self.options, self._meeting, self.attempt),
-            give_up_s=busy_timeout_s,
+            # An engine in this process is there; only a daemon may have to be found.
+            give_up_s=busy_timeout_s if daemon is not False else commit_timeout_s,
         )  # fmt: skip
         self._preparation = Preparation(self.options, self._agreement, self._snapshots)
         self._resuming = Resuming(self.options, self._meeting)
@@ -144,6 +145,8 @@ class Checkpointer:
         last = self._handles[-1] if self._handles else None
         if last is not None and step == last.step:
             last.raise_again()
+            if wait:
+                last.result(deadline_s)
             return last
         check_step(step, after=None if last is None else last.step)
         handle = Handle(step, self._sequence + 1, self._load)
@@ -211,7 +214,10 @@ class Checkpointer:
         )
         if resumed is not None:
             self._resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
-        self.prepare(state)
+        try:
+            self.prepare(state)
+        except LayoutError as error:  # what was restored is restored; the first save raises this
+            log.warning("nothing could be prepared for the first save: %s", error)
         return resumed
 
     # --- the rest ------------------------------------------------------------------------------
@@ -283,8 +289,12 @@ class Checkpointer:
             self._busy(handle)
             return
         handle.captured_bytes = captured.bytes
-        failpoints.hit("capture.done")
-        self._hand_off(handle, cut, captured, values, samples, metrics)
+        try:
+            failpoints.hit("capture.done")
+            self._hand_off(handle, cut, captured, values, samples, metrics)
+        except BaseException:  # not handed off, so nobody else gives the slot back
+            captured.pool.release(captured.slot)
+            raise
 
     def _cut(self, flat: Flat, sequence: int) -> tuple[Cut, bytes]:
         """Return what this rank writes in this save, and the samples that go with it."""
@@ -340,7 +350,7 @@ class Checkpointer:
         """Tell the other ranks when this one raises instead of delivering."""
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # an interrupt too: nobody may wait for this rank
             is_ours = isinstance(error, CkptdError)
             self._forfeit(handle, "failed", str(error) if is_ours else repr(error))
             handle.refuse(error)

@@ -87,9 +87,11 @@ class Handle:
                 f"later step. It failed because: {self._error}", step=self.step,
             ) from self._error  # fmt: skip
 
-    def refuse(self, error: CkptdError) -> None:
+    def refuse(self, error: BaseException) -> None:
         """Fail: this rank will never deliver, and the caller is being told of it right now."""
         self._is_told = True
+        if not isinstance(error, CkptdError):
+            error = SaveFailedError(f"step {self.step}: save was left by {error!r}", step=self.step)
         self.resolve(error)
 
     def take_untold_error(self) -> CkptdError | None:

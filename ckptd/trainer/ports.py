@@ -29,6 +29,7 @@ from ckptd.wire.channel import Channel
 log = logging.getLogger("ckptd.trainer")
 
 CONNECT_TIMEOUT_S = 5.0
+FINISH_TIMEOUT_S = 30.0
 SEND_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 60.0
 TURN_TIMEOUT_S = 5.0
@@ -133,10 +134,10 @@ class ThreadPort:
         return messages
 
     def close(self) -> None:
-        """Let the engine finish what it has, then end it."""
+        """Let the engine finish what it has, then end it; what takes too long dies with the process."""
         if self._thread is not None:
             self._runner.post(ev.Said(1, say.Goodbye()))
-            self._thread.join()
+            self._thread.join(FINISH_TIMEOUT_S)
             self._thread = None
 
     def _deliver(self, _client: int, message: say.FromDaemon) -> None:
@@ -190,6 +191,8 @@ def start_daemon(path: str, env: Mapping[str, str]) -> None:
         except OSError as error:
             raise DaemonUnavailableError(f"no daemon can be started on {path}: {error}") from error
         _take_turn(lock, path)  # the others wait here and then find it running
+        # Unlocked by name: a child that was forked meanwhile holds the same open file.
+        opened.callback(fcntl.flock, lock, fcntl.LOCK_UN)
         if not is_serving(path):
             _run_daemon(path, log_fd, env)
 
@@ -217,7 +220,7 @@ def _run_daemon(path: str, log_fd: int, env: Mapping[str, str]) -> None:
         # The child comes back once its own child listens, so no zombie is left to this process.
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd="/",
-            env={**env, "CKPTD_FAILPOINTS": ""}, start_new_session=True, close_fds=True,
+            env=dict(env), start_new_session=True, close_fds=True,
             timeout=START_TIMEOUT_S, check=False,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -73,6 +73,8 @@ class Resuming:
             store.close()
 
     def _run(self, store: Store, request: Request, step: int | None) -> Resumed | None:
+        # Rank 0 looks only when the daemons of all nodes have settled (or their ranks gave up).
+        self._meeting.gather(f"resume/{self._runs}/settled", b"", self._options.meeting_timeout_s)
         candidates = _candidates(store, step) if self._meeting.rank == 0 else iter(())
         damages: list[str] = []
         is_torn = False
@@ -87,9 +89,9 @@ class Resuming:
             problem = self._check(filling, id_, turn, is_torn=is_torn)
             if problem is None:
                 is_torn = True
-                problem = self._phase(f"{turn}/fill", filling.fill)
+                problem = self._change(f"{turn}/fill", filling.fill)
             if problem is None:
-                problem = self._phase(f"{turn}/finish", filling.finish)
+                problem = self._change(f"{turn}/finish", filling.finish)
             if problem is None:
                 return filling.resumed()
             damages.append(problem)
@@ -106,6 +108,16 @@ class Resuming:
             raise TornRestoreError(
                 "the live objects were changed half from a newer checkpoint that turned out damaged, "
                 f"and {id_.short} does not fit: do not use them, start the process again. {error}"
+            ) from error
+
+    def _change(self, name: str, work: Callable[[], None]) -> str | None:
+        """Do a phase that changes the live objects: whatever stops it leaves them half changed."""
+        try:
+            return self._phase(name, work)
+        except Exception as error:
+            raise TornRestoreError(
+                "restoring stopped while the live objects were being changed: do not use them, start "
+                f"the process again. {error}"
             ) from error
 
     def _agree_on(self, candidates: Iterator[StepId], turn: int) -> StepId | None:

@@ -95,9 +95,9 @@ class Snapshots:
         """
         slot_bytes = max(slot_bytes, round_up(1))  # a state may have no tensors, only values
         with self._lock:
+            self._tidy()
             if self._is_closed or (self._shelf and self._shelf.arena.slot_bytes >= slot_bytes):
                 return
-            self._tidy()
             number = self._shelf.number + 1 if self._shelf else 1
             available = self._available or available_bytes()
             self._available = None

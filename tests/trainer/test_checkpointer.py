@@ -621,3 +621,28 @@ def test_p5_a_socket_that_cannot_be_used_is_told_at_once(
     monkeypatch.delenv("CKPTD_SOCKET", raising=False)
     with pytest.raises(ConfigError, match="mode 0755"):
         Checkpointer(tmp_path / "r")
+
+
+def test_an_interrupt_in_save_fails_that_step_and_frees_its_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False, slots=1) as ckpt:
+
+        def interrupt(*_args: object, **_kwargs: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ckpt, "_hand_off", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                ckpt.save(1, {"w": torch.ones(8)})
+        with pytest.raises(SaveFailedError, match="KeyboardInterrupt"):
+            ckpt.save(1, {"w": torch.ones(8)}, wait=True)
+        assert ckpt.save(2, {"w": torch.ones(8)}, wait=True).is_done
+        assert [c.step for c in ckpt.checkpoints()] == [2]
+
+
+def test_waiting_for_the_step_just_saved_waits(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        handle = ckpt.save(1, {"w": torch.ones(8)})
+        assert ckpt.save(1, {"w": torch.ones(8)}, wait=True) is handle
+        assert handle.is_done
