@@ -113,6 +113,7 @@ def test_without_strict_an_optimizer_of_another_class_is_missing_and_left_alone(
     caplog: Any,
 ) -> None:
     source = trained(momentum)
+    source["optimizer"].state["shared"] = 1
     state = trained(torch.optim.Adam, steps=2)
     held = copy.deepcopy(state["optimizer"].state_dict())
     with caplog.at_level(logging.WARNING):
@@ -125,6 +126,7 @@ def test_without_strict_an_optimizer_of_another_class_is_missing_and_left_alone(
         "optimizer/model.weight/momentum_buffer",
     ]
     assert str(held) == str(state["optimizer"].state_dict())
+    assert "shared" not in state["optimizer"].state
     assert torch.equal(state["model"].weight, source["model"].weight)
 
 
@@ -168,6 +170,16 @@ def test_a_tree_without_a_class_is_read_and_its_moments_are_still_compared() -> 
     assert torch.equal(held, source["optimizer"].state[source["model"].bias]["exp_avg"])
     with pytest.raises(LayoutError, match=r"another optimizer \(momentum_buffer\).*exp_avg"):
         wanted(without_class(save(trained(momentum))), state)
+
+
+def test_a_tree_without_a_class_may_lack_options_and_hold_more_state() -> None:
+    source, state = trained(torch.optim.AdamW), trained(torch.optim.AdamW, steps=0)
+    source["optimizer"].state[source["model"].bias]["ema"] = torch.ones(2)
+    saved = without_class(save(source))
+    for group in saved.values["optimizer"]["groups"]:
+        del group["options"]["eps"]
+    restore(saved, state)
+    assert state["optimizer"].state[state["model"].bias]["ema"].tolist() == [1, 1]
 
 
 def test_each_of_several_optimizers_is_compared() -> None:
