@@ -10,6 +10,8 @@ from ckptd.errors import ProtocolError
 from ckptd.model.keys import MAX_ATTEMPT, MAX_RANK
 from ckptd.wire import messages as say
 
+MAX_TIMEOUT_S = 1e7
+
 JobKey = tuple[str, int]
 
 
@@ -76,6 +78,6 @@ def problem_with(hello: say.Hello) -> str:
         (0 < hello.attempt <= MAX_ATTEMPT, "attempt out of range"),
         (0 < hello.world_size <= MAX_RANK + 1, "world size out of range"),
         (hello.rank < hello.world_size, "rank out of range"),
-        (hello.commit_timeout_s > 0, "commit_timeout_s must be positive"),
+        (0 < hello.commit_timeout_s <= MAX_TIMEOUT_S, "commit_timeout_s out of range"),
     )
     return next((problem for is_good, problem in checks if not is_good), "")

@@ -96,6 +96,10 @@ class Job:
                 new_outcome(step.key.id, rank, self.world_size, step.sequence, "failed", reason)
             )
 
+    def is_of_another(self, hello: Hello) -> bool:
+        """Tell whether a hello with this root and ordinal comes from a job that is not this one."""
+        return (self.token, self.world_size) != (hello.token, hello.world_size)
+
     def is_undecided(self) -> bool:
         """Tell whether something of this job is on its way to the store or being decided here.
 
@@ -153,3 +157,24 @@ class Job:
             aliases=recipe.aliases, chunks=part.chunks, pieces=recipe.pieces,
             fingerprints=handoff.fingerprints, values=part.values,
         )  # fmt: skip
+
+
+def forget_older(
+    jobs: dict[tuple[str, int], Job], hello: Hello, in_use: set[tuple[str, int]]
+) -> None:
+    """Forget earlier attempts of a hello's root of which nothing is left."""
+    for key, job in list(jobs.items()):
+        is_older = key[0] == hello.root and key[1] < hello.attempt
+        if is_older and key not in in_use and not job.steps:
+            del jobs[key]
+
+
+def replace(jobs: dict[tuple[str, int], Job], job: Job) -> bool:
+    """Forget a job for another of the same root and ordinal; False while the store decides for it.
+
+    Two jobs have one ordinal only if the root was deleted in between and begun anew.
+    """
+    if any(step.is_busy for step in job.steps.values()):
+        return False
+    del jobs[job.root, job.attempt]
+    return True

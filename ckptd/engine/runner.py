@@ -167,6 +167,10 @@ class Runner:
         name = json.dumps([hello.root, hello.storage_options], sort_keys=True, default=str)
         with self._stores_lock:
             store = self._opened.get(name)
+        if store is not None and not _is_there(store):
+            with self._stores_lock:  # the root was deleted and begun anew under the same name
+                self._opened.pop(name, None)
+            store = None
         if store is None:
             store = open_store(hello.root, hello.storage_options)
             try:
@@ -322,3 +326,11 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
+
+
+def _is_there(store: Store) -> bool:
+    try:
+        check_root(store)
+    except CkptdError:
+        return False
+    return True

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from ckptd.engine import events as ev
 from ckptd.engine.clients import Client, JobKey, problem_with
 from ckptd.engine.events import Effect, Event, PartKey
-from ckptd.engine.jobs import Job
+from ckptd.engine.jobs import Job, forget_older, replace
 from ckptd.engine.lifetime import Lifetime
 from ckptd.engine.replies import decode_values, finished, refuse
 from ckptd.engine.report import report
@@ -108,14 +108,17 @@ class Engine:
     def _hello(self, number: int, hello: say.Hello) -> Iterator[Effect]:
         problem = problem_with(hello)
         job = self.jobs.get((hello.root, hello.attempt))
-        if job is not None and (job.token, job.world_size) != (hello.token, hello.world_size):
-            problem = f"attempt {hello.attempt} of this root belongs to another job"
+        is_taken = job is not None and job.is_of_another(hello) and not self._replace(job)
         if number in self.clients:
             yield from self._expel(self.clients[number], "a second hello on one connection")
             return
-        if problem or self.is_draining:
-            kind = ProtocolError if problem else DaemonUnavailableError
-            yield from refuse(number, problem or "the daemon is stopping", kind.__name__)
+        if problem:
+            yield from refuse(number, problem)
+            return
+        if self.is_draining or is_taken:
+            why = f"attempt {hello.attempt} of this root belongs to another job that is still here"
+            reason = "the daemon is stopping" if self.is_draining else why
+            yield from refuse(number, reason, DaemonUnavailableError.__name__)
             return
         for old in list(self.clients.values()):
             if old.is_here and (old.job, old.hello.rank) == (
@@ -141,16 +144,17 @@ class Engine:
             client.job, Job(hello.root, hello.attempt, hello.world_size, hello.token)
         )
         job.welcome(hello.rank)
-        self._forget_older(hello)
+        forget_older(self.jobs, hello, {client.job for client in self.clients.values()})
         yield ev.Send(client.number, say.Welcome())
 
-    def _forget_older(self, hello: say.Hello) -> None:
-        """Forget earlier attempts of a root of which nothing is left."""
-        in_use = {client.job for client in self.clients.values()}
-        for key, job in list(self.jobs.items()):
-            is_older = key[0] == hello.root and key[1] < hello.attempt
-            if is_older and key not in in_use and not job.steps:
-                del self.jobs[key]
+    def _replace(self, job: Job) -> bool:
+        """Forget a job whose attempt another one has claimed, if nothing of it is left at work."""
+        is_used = any(
+            client.is_here or client.reading
+            for client in self.clients.values()
+            if client.job == (job.root, job.attempt)
+        )
+        return not is_used and replace(self.jobs, job)
 
     def _gone(self, event: ev.Gone, *, is_goodbye: bool = False) -> Iterator[Effect]:
         client = self.clients.get(event.client)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from ckptd.engine import events as ev
 from ckptd.pipeline.commit import COMMITTED, Verdict
 from ckptd.wire import messages as say
-from tests.fakes.engines import ROOT, Bench, handoff, of, said
+from tests.fakes.engines import ROOT, Bench, handoff, hello, of, said
 
 FAILED = Verdict("failed", "SaveFailedError", "because")
 SECOND_SAVES = [handoff(10, 2), say.Watch(10, 2, None), say.Forfeit(10, 2, "skipped", "no slot")]
@@ -84,3 +85,15 @@ def test_d9_a_second_save_of_a_closed_step_fails_whatever_became_of_the_first(
     assert not said(say.Written, effects), "nobody stored it"
     (finished,) = said(say.Finished, bench.say(1, say.Watch(10, 1, None)))
     assert finished.state == verdict.state, "the first save is remembered as it was"
+
+
+def test_p5_a_root_begun_anew_takes_the_attempt_of_a_job_that_has_gone(bench: Bench) -> None:
+    bench.join(1)
+    bench.write(1, 10, 1)
+    other = msgspec.structs.replace(hello(), token="of the new root")
+    refusals = said(say.Refused, bench.say(2, other))
+    assert [r.kind for r in refusals] == ["DaemonUnavailableError"], "the first job is still here"
+    bench.on(ev.Gone(1, is_dead=True))
+    assert said(say.Refused, bench.say(3, other)), "its step is still being decided"
+    bench.judge(10)
+    assert of(ev.Open, bench.say(4, other))
