@@ -88,7 +88,7 @@ def test_a_daemon_leaves_in_the_end_when_nobody_comes_back(place: Place) -> None
 
 def test_two_calls_start_one_detached_daemon(place: Place) -> None:
     command = [sys.executable, "-m", "ckptd.daemon", place.socket()]
-    env = place.env(CKPTD_LINGER_S="0.5")
+    env = place.env(CKPTD_LINGER_S="4")
     starters = [Process(command, env, place.base / "d.log") for _ in range(2)]
     place.processes += starters
     assert [starter.wait() for starter in starters] == [0, 0]

@@ -59,7 +59,7 @@ def refused(place: Place, ranks: list[FakeTrainer], step: int) -> Any:
 
 def test_d9_a_missing_rank_ends_the_step_with_its_number(place: Place) -> None:
     place.daemon()
-    with job(place, 3, commit_timeout_s=0.5) as ranks:
+    with job(place, 3, commit_timeout_s=3.0) as ranks:
         for trainer in ranks[:2]:
             trainer.save(10, 1)
         word = refused(place, ranks, 10)
@@ -297,7 +297,7 @@ def test_d11_a_refusal_on_one_node_is_heard_on_the_other(place: Place) -> None:
 def test_d9_a_rank_missing_on_another_node_is_named(place: Place) -> None:
     place.daemon("a")
     with FakeTrainer(
-        place.socket("a"), place.root, rank=0, world_size=2, commit_timeout_s=0.5
+        place.socket("a"), place.root, rank=0, world_size=2, commit_timeout_s=3.0
     ) as trainer:
         trainer.connect().save(10, 1)
         word = trainer.outcome(10)

@@ -58,7 +58,7 @@ def test_d11_a_rank_whose_state_cannot_be_stored_is_named_to_all(
 def test_d9_a_rank_that_comes_too_late_is_named_and_the_next_save_works(
     place: Place, ranks: Ranks
 ) -> None:
-    job = start(place, ranks, commit_timeout_s=1.0)
+    job = start(place, ranks, commit_timeout_s=4.0)
     job[1].send(signal.SIGSTOP)
     job[0].do("save", step=1)
     said = job[0].fail("result", step=1)

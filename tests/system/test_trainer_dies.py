@@ -278,7 +278,7 @@ def test_d5_a_save_whose_daemon_died_with_it_is_unknown_when_no_other_comes(
     daemon = place.daemon("only", failpoints="chunk.put=kill")
     (rank,) = place.job(ranks, 1, CKPTD_SOCKET=daemon.socket)
     rank.do("build")
-    rank.do("open", root=place.root, busy_timeout_s=0.5)
+    rank.do("open", root=place.root, busy_timeout_s=2.0)
     rank.do("save", step=1)
     said = rank.fail("result", step=1)
     assert said["error"] == "SaveUnknownError"
