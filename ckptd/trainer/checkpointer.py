@@ -26,7 +26,7 @@ from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import check_step, numbers_of
 from ckptd.trainer.attempts import start_attempt
 from ckptd.trainer.filling import Request, Resumed
-from ckptd.trainer.flatten import Flat, flatten
+from ckptd.trainer.flatten import Flat, check_state, flatten
 from ckptd.trainer.handle import Handle
 from ckptd.trainer.layouts import fingerprints, layout_of
 from ckptd.trainer.link import Link, Pending
@@ -91,7 +91,7 @@ class Checkpointer:
         self.options.check_daemon(os.environ)
         failpoints.arm(os.environ.get("CKPTD_FAILPOINTS", ""))
         self._pid = os.getpid()
-        self._meeting = Meeting.of_job(self.options.url)
+        self._meeting = Meeting.of_job(self.options.url, meeting_timeout_s)
         store = open_store(self.options.url, self.options.storage_options)
         try:
             self.attempt = start_attempt(store, self._meeting, meeting_timeout_s)
@@ -198,6 +198,7 @@ class Checkpointer:
             MeetingError: some rank did not come.
         """
         self._check_usable()
+        check_state(state)
         if self._sequence:
             raise ConfigError("resume comes before the first save of a Checkpointer")
         if not self._link.settle(self.options.settle_timeout_s):
@@ -205,13 +206,11 @@ class Checkpointer:
                 "the daemon still writes what an earlier attempt handed off, or none answers: "
                 "an older checkpoint may be taken than there could be"
             )
-        meeting = self._meeting
-        resumed = self._resuming.run(
-            Request(
-                state, strict, rename, map_location, trust_pickle, meeting.rank, meeting.world_size
-            ),
-            step,
-        )
+        request = Request(
+            state, strict, rename, map_location, trust_pickle, self._meeting.rank,
+            self._meeting.world_size,
+        )  # fmt: skip
+        resumed = self._resuming.run(request, step)
         if resumed is not None:
             self._resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
         try:

@@ -37,8 +37,6 @@ from ckptd.trainer.stored import (
     Rename,
     Stored,
     check_optimizer,
-    is_module,
-    is_optimizer,
 )
 from ckptd.trainer.tags import BAD_BODY
 from ckptd.trainer.targets import Target, Targets, write_box
@@ -227,7 +225,7 @@ class RestorePlan:
 
     def _compare_value(self, name: str, live: Mapping[str, torch.Tensor]) -> None:
         tree = self._stored.values.get(name)
-        if name not in self._stored.values or is_optimizer(tree) or is_module(tree):
+        if name not in self._stored.values or self._stored.is_of_object(name):
             if not live:
                 self._targets.missing.append(name)
             return
@@ -260,7 +258,7 @@ class RestorePlan:
     def _find_unasked(self) -> Iterator[tuple[str, Any]]:
         for name in self._values.keys() - self._state.keys():
             tree = self._values[name]
-            if is_optimizer(tree) or is_module(tree) or any(True for _ in tensor_names(tree)):
+            if self._stored.is_of_object(name) or any(True for _ in tensor_names(tree)):
                 continue
             try:
                 value = decode_value(tree, tensors={}, trust_pickle=self._trust_pickle)

@@ -65,6 +65,13 @@ class Stored:
         target = self._aliases.get(fqn) if fqn is not None else None
         return [live_name] if target is None else [live_name, self.live_name(target)]
 
+    def is_of_object(self, name: str) -> bool:
+        """Tell whether an entry is a module or an optimizer, and not a value that looks like one."""
+        tree = self.values[name]
+        if is_module(tree):
+            return any(fqn.startswith(f"{name}.") for fqn in (*self.tensors, *self._aliases))
+        return is_optimizer(tree) and _is_optimizer_form(tree)
+
     def extra_states(self, values: Mapping[str, Tree]) -> dict[str, Tree]:
         """Return the extra state of all modules in `values` by live name."""
         found = {}

@@ -123,6 +123,10 @@ def tensor_names(tree: Tree) -> Iterator[str]:
                 todo += node.values()
 
 
+# Brackets around a member in the stored form, at most: records hold `MAX_DEPTH` and a few.
+_BRACKETS: dict[type, int] = {list: 1, dict: 3, tuple: 2, set: 2, frozenset: 2, deque: 3}
+
+
 class _Encoder:
     def __init__(self, tensors: TensorSink, *, allow_pickle: bool) -> None:
         self._tensors = tensors
@@ -152,9 +156,11 @@ class _Encoder:
                 f"{path}: a {tags.type_name(value)} that holds itself", fqn=path
             )
         if depth >= MAX_DEPTH:
-            raise UnsupportedValueError(f"{path[:200]}: deeper than {MAX_DEPTH} levels", fqn=path)
+            raise UnsupportedValueError(
+                f"{path[:200]}: nested too deeply to be stored; flatten it", fqn=path
+            )
         self._open.add(id(value))
-        tree = container(self, value, path, depth + 1)
+        tree = container(self, value, path, depth + _BRACKETS.get(type(value), 4))
         self._open.discard(id(value))
         return tree
 

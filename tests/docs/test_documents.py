@@ -105,7 +105,11 @@ def value_of(name: str) -> object:
     return found.keywords["total_s"] if attribute == "_retrying" else found
 
 
-NOT_WAITED_FOR = {"ckptd.cli.console._QUIET_S", "ckptd.cli.console._HALF_A_YEAR_S"}  # looks only
+NOT_WAITED_FOR = {  # looks and limits only
+    "ckptd.cli.console._QUIET_S",
+    "ckptd.cli.console._HALF_A_YEAR_S",
+    "ckptd.engine.clients.MAX_TIMEOUT_S",
+}
 
 
 def spans_in_code() -> Iterator[str]:

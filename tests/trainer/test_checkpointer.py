@@ -646,3 +646,33 @@ def test_waiting_for_the_step_just_saved_waits(tmp_path: Path) -> None:
         handle = ckpt.save(1, {"w": torch.ones(8)})
         assert ckpt.save(1, {"w": torch.ones(8)}, wait=True) is handle
         assert handle.is_done
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"extra_state": {"epoch": 3}},
+        {"groups": [1, 2], "state_values": {}},
+        {"a": ({"b": [{"c": (1,)}]},)},
+    ],
+)
+def test_a_plain_value_that_looks_like_ours_comes_back(tmp_path: Path, value: object) -> None:
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        ckpt.save(1, {"w": torch.ones(3), "meta": value}, wait=True)
+    state = {"w": torch.zeros(3), "meta": None}
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        ckpt.resume(state)
+    assert state["meta"] == value
+
+
+def test_s2_a_value_nested_too_deeply_is_refused_by_name(tmp_path: Path) -> None:
+    deep: object = 1
+    for _ in range(60):
+        deep = (deep,)
+    with Checkpointer(tmp_path / "r", daemon=False) as ckpt:
+        with pytest.raises(LayoutError, match=r"deep.*nested too deeply"):
+            ckpt.save(1, {"deep": deep})
+        fine: object = 1
+        for _ in range(29):
+            fine = {0: fine}
+        ckpt.save(2, {"fine": fine}, wait=True)
