@@ -142,6 +142,9 @@ def main() -> None:
         resumed = ckpt.resume(state)
         step = resumed.step if resumed else 0
         journal.started(step, state, is_resumed=resumed is not None)
+        if rank == 0:
+            came = f"resumed at step {step} of attempt {resumed.attempt}" if resumed else "starting"
+            print(f"{came}, {world_size} rank(s), to step {options.steps}", flush=True)
         while step < options.steps:
             begin = time.perf_counter()
             loss = wrapped(loader.next())
@@ -156,6 +159,11 @@ def main() -> None:
                 with journal.saving(step, state):
                     handle = ckpt.save(step, state, metrics={"loss": mean})
                 journal.saved(handle)
+                if rank == 0:
+                    print(
+                        f"step {step}: loss {mean:.3f}, saved in {handle.pause_s * 1e3:.1f} ms",
+                        flush=True,
+                    )
         ckpt.wait()  # the last saves become durable
         journal.finished()
     if world_size > 1:
@@ -194,7 +202,10 @@ def mean_over_ranks(loss: torch.Tensor, world_size: int) -> float:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--root", required=True, help="where the checkpoints live: a path or URL")
     parser.add_argument("--steps", type=int, default=200, help="train until this step")
     parser.add_argument("--save-every", type=int, default=5, help="steps from save to save")

@@ -21,7 +21,10 @@ _MAX_METRICS = 3
 
 def command(
     root: Annotated[
-        str, typer.Argument(metavar="ROOT", help="Folder (or file:// URL) of a root.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="ROOT", help="Folder (or file:// URL) of a root.", show_default=False
+        ),
     ],
     *,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

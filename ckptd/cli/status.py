@@ -90,12 +90,12 @@ def _show(report: dict[str, Any]) -> None:
         f"daemon {report['pid']} on {report['socket']}"
         + (" (stopping)" if report["is_draining"] else "")
     )
-    show(
-        f"  last commit: {last}; committed {report['committed']}, failed {report['failed']}, "
-        f"skipped {report['skipped']}, unknown {report['unknown']}, "
-        f"store errors {report['store_errors']}; "
+    stored = (
         f"{format_bytes(report['raw_bytes'])} in, {format_bytes(report['stored_bytes'])} stored"
     )
+    show(f"  last commit: {last}; {stored}")
+    counts = ("committed", "failed", "skipped", "unknown", "store_errors")
+    show("  steps: " + ", ".join(f"{report[n]} {n.replace('_', ' ')}" for n in counts))
     if report["last_failure"]:
         show(f"  last failure: {plain(report['last_failure'])}", style="red")
     if report["jobs"]:
