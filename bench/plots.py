@@ -54,7 +54,7 @@ def plot_codecs(rows: Rows, path: Path) -> None:
                 row[f"{way}_median"], row["ratio"], s=70,
                 color=f"C{contents.index(row['content'])}", marker="osD^v"[codecs.index(row["codec"])],
             )  # fmt: skip
-        axis.set_xscale("log")
+        axis.set_xlim(left=0)
         axis.set_xlabel(f"GB/s {way}, one thread")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("stored / raw (lower is better)")

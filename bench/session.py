@@ -69,7 +69,7 @@ class Session:
 
     def run(self) -> None:
         """Run the whole round."""
-        for _ in range(8):  # kernels are chosen, the moments appear and get their shape
+        for _ in range(6):  # kernels are chosen, the moments appear and get their shape
             self.job.step()
         self.say("content", **self.job.describe())
         if self.plan.is_memory:

@@ -73,9 +73,11 @@ def parse_size(text: str) -> int:
 
 
 def ratio(value: float | None, base: float | None) -> str:
-    """Write `value` as a multiple of `base`."""
-    if value is None or not base:
+    """Write `value` as a multiple of `base`; what is not above zero drowned in noise."""
+    if value is None or base is None:
         return "-"
+    if value <= 0 or base <= 0:
+        return "noise"
     return f"{value / base:.2f}x"
 
 

@@ -124,7 +124,7 @@ def _plan(settings: Settings, engines: list[str], *, is_memory: bool) -> Event:
     return {
         "size_bytes": settings.size_bytes,
         "engines": engines,
-        "windows": 1 if is_memory else settings.windows,
+        "windows": 0 if is_memory else settings.windows,
         "steps": 1 if is_memory else settings.steps,
         "restores": 1 if is_memory else settings.restores,
         "is_memory": is_memory,
@@ -139,7 +139,7 @@ def _session(plan: Event, folder: Path, title: str, tick: Tick) -> tuple[list[Ev
     (work / "plan.json").write_text(json.dumps({**plan, "folder": str(work / "engines")}))
     runtime = Path(tempfile.mkdtemp(prefix="ckptd-b.", dir="/tmp"))
     log = folder / f"{title.replace('/', '-of-').replace(': ', '-').replace(' ', '-')}.log"
-    watch = Watch(str(runtime), 0.01 if plan["is_memory"] else 3600.0)
+    watch = Watch(str(runtime), 0.02 if plan["is_memory"] else 3600.0)
     try:
         with log.open("wb") as output:
             process = subprocess.Popen(

@@ -44,4 +44,9 @@ def test_what_is_no_size_is_refused(text):
 def test_one_sample_is_written_without_an_interval():
     assert stats.with_range(Spread(0.25, 0.25, 0.25, 1)) == "250 ms"
     assert stats.with_range(Spread(0.25, 0.2, 1.25, 3)) == "250 ms (200..1.25 s)"
+
+
+def test_a_ratio_of_what_drowned_in_noise_is_no_number():
+    assert stats.ratio(3.0, 2.0) == "1.50x"
     assert stats.ratio(1.0, None) == "-"
+    assert stats.ratio(-0.1, 2.0) == stats.ratio(2.0, -0.1) == stats.ratio(1.0, 0.0) == "noise"
