@@ -18,6 +18,7 @@ import torch.distributed as dist
 import xxhash
 
 from ckptd.errors import ConfigError, MeetingError
+from ckptd.trainer.joining import join
 
 if TYPE_CHECKING:  # torch.distributed exports these names, but not in its types
     from torch._C._distributed_c10d import FileStore, HashStore, PrefixStore, Store, TCPStore
@@ -126,10 +127,7 @@ class StoreBoard:
 
     def get_many(self, keys: Sequence[str]) -> list[bytes | None]:
         """See `Board`."""
-        is_there = dict.fromkeys(keys, True)
-        if not self.has_all(keys):
-            is_there = {key: self.has_all([key]) for key in keys}
-        names = [key for key in is_there if is_there[key]]
+        names = self._present(list(dict.fromkeys(keys)))
         if not names:
             return [None] * len(keys)
         values = dict(zip(names, self._ask(lambda store: store.multi_get(names)), strict=True))
@@ -153,6 +151,13 @@ class StoreBoard:
         """See `Board`."""
         with self._lock:
             self._store = None
+
+    def _present(self, keys: list[str]) -> list[str]:
+        """Return the keys that exist. By halves: few are absent, or nearly all."""
+        if self.has_all(keys):
+            return keys
+        half = len(keys) // 2
+        return self._present(keys[:half]) + self._present(keys[half:]) if half else []
 
     def _ask(self, request: Callable[[Store], _T]) -> _T:
         with self._lock:
@@ -183,7 +188,7 @@ class TcpBoard(StoreBoard):
 
 
 class Meeting:
-    """The ranks of one incarnation of a job, and what they tell each other.
+    """The ranks of one start of a job, and what they tell each other.
 
     Names and topics are used once; a later value under the same name replaces the earlier one. All
     methods may be called from any thread and raise `MeetingError` when the board does not answer.
@@ -210,29 +215,32 @@ class Meeting:
         self._prefix = prefix
 
     @classmethod
-    def of_job(cls, url: str) -> Meeting:
-        """Return the meeting of the job that this process is a rank of, for the root at `url`.
+    def of_job(cls, url: str, timeout_s: float) -> Meeting:
+        """Meet the other ranks of this start of the job, for the root at `url`; wait for them all.
 
         Every rank makes its meetings for a root in the same order.
 
         Raises:
             ConfigError: the job has several ranks and no store that they can meet over.
+            MeetingError: naming the ranks that did not come in `timeout_s`.
         """
-        if not (dist.is_available() and dist.is_initialized()):
-            if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-                raise ConfigError(
-                    "WORLD_SIZE is more than 1 and torch.distributed is not initialised: call "
-                    "torch.distributed.init_process_group before making a Checkpointer"
-                )
-            return cls(LocalBoard(), 0, 1)
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        return cls(
-            _board_of_job() if world_size > 1 else LocalBoard(),
-            rank,
-            world_size,
-            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE") or 1),
-            prefix=_incarnation(url, world_size),
-        )
+        is_initialized = dist.is_available() and dist.is_initialized()
+        if not is_initialized and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise ConfigError(
+                "WORLD_SIZE is more than 1 and torch.distributed is not initialised: call "
+                "torch.distributed.init_process_group before making a Checkpointer"
+            )
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_initialized else (0, 1)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if is_initialized else 1
+        if world_size == 1:
+            return cls(LocalBoard(), rank, 1, local_world_size=local)
+        board, prefix = _board_of_job(), _call_sign(url, world_size)
+        try:
+            name = join(board, prefix, rank, world_size, timeout_s)
+        except BaseException:
+            board.close()
+            raise
+        return cls(board, rank, world_size, local_world_size=local, prefix=f"{prefix}/{name}")
 
     def publish(self, name: str, value: bytes) -> None:
         """Say `value` as this rank."""
@@ -358,17 +366,16 @@ _ordinals: dict[str, itertools.count[int]] = {}
 _ordinals_lock = threading.Lock()  # guards _ordinals
 
 
-def _incarnation(url: str, world_size: int) -> str:
-    """Return a prefix that no other meeting over this store uses, the same on all ranks.
+def _call_sign(url: str, world_size: int) -> str:
+    """Return a prefix under which the ranks find each other: the same on all, used by every start.
 
-    The agent of torchrun keeps its store when it restarts the workers; the restart count and the
-    world size tell incarnations apart, an ordinal the meetings of one process.
+    The ordinal keeps the meetings of one process apart: a rank may make the next one while others
+    have not left the last.
     """
     digest = xxhash.xxh3_64_hexdigest(url.encode())
     with _ordinals_lock:
-        ordinal = next(_ordinals.setdefault(digest, itertools.count(1)))
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0"
-    return f"ckptd/{digest}-{world_size}-{restarts}-{ordinal}"
+        ordinal = next(_ordinals.setdefault(f"{digest}-{world_size}", itertools.count(1)))
+    return f"ckptd/{digest}-{world_size}-{ordinal}"
 
 
 def _check_size(key: str, value: bytes) -> None:

@@ -44,7 +44,7 @@ class Job:
         self.ranks: list[Checkpointer] = []
         for rank in range(world_size):
             meeting = Meeting(board, rank, world_size)
-            monkeypatch.setattr(module.Meeting, "of_job", lambda _, m=meeting: m)
+            monkeypatch.setattr(module.Meeting, "of_job", lambda *_, m=meeting: m)
             settings = {"daemon": False, "slots": 2, "meeting_timeout_s": WAIT_S, **options}
             self.ranks.append(Checkpointer(url, **settings))
 

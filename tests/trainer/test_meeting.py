@@ -197,7 +197,7 @@ def test_meetings_with_other_prefixes_do_not_hear_each_other():
 
 
 def test_one_process_without_torch_distributed_is_a_job_of_one(environ):
-    meeting = Meeting.of_job("memory://a")
+    meeting = Meeting.of_job("memory://a", 1)
     assert (meeting.rank, meeting.world_size, meeting.local_world_size) == (0, 1, 1)
     assert meeting.gather("t", b"x", 0.01) == [b"x"]
 
@@ -205,17 +205,19 @@ def test_one_process_without_torch_distributed_is_a_job_of_one(environ):
 def test_a_rank_of_many_must_initialise_torch_distributed_first(environ):
     environ.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="init_process_group"):
-        Meeting.of_job("memory://a")
+        Meeting.of_job("memory://a", 1)
 
 
-def test_incarnations_have_prefixes_of_their_own(environ):
-    environ.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    prefixes = [module._incarnation("memory://incarnations", 2) for _ in range(2)]
-    prefixes.append(module._incarnation("memory://incarnations", 3))
-    environ.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    prefixes.append(module._incarnation("memory://incarnations", 3))
-    prefixes.append(module._incarnation("memory://others", 2))
-    assert len(set(prefixes)) == 5
+def test_the_ranks_of_every_start_look_for_each_other_in_one_place(environ):
+    def sign(*args):
+        return module._call_sign(*args)
+
+    first = [sign("memory://starts", 2), sign("memory://starts", 2), sign("memory://starts", 3)]
+    assert len({*first, sign("memory://others", 2)}) == 4
+    environ.setattr(module, "_ordinals", {})  # as in a new process
+    environ.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # of one agent only
+    again = [sign("memory://starts", 2), sign("memory://starts", 2), sign("memory://starts", 3)]
+    assert again == first
 
 
 RANK = """
@@ -223,7 +225,7 @@ import sys, torch.distributed as dist
 from ckptd.trainer.meeting import Meeting, TcpBoard
 rank, how = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=how, rank=rank, world_size=2)
-meeting = Meeting.of_job("memory://x")
+meeting = Meeting.of_job("memory://x", 60)
 assert isinstance(meeting._board, TcpBoard) == how.startswith("tcp"), meeting._board
 assert (meeting.rank, meeting.world_size, meeting.local_world_size) == (rank, 2, 2)
 assert meeting.gather("here", b"%d" % rank, 60) == [b"0", b"1"]
@@ -251,6 +253,72 @@ def test_the_ranks_of_a_process_group_meet_over_its_store(how, tmp_path):
     for rank in ranks:
         _, errors = rank.communicate(timeout=90)
         assert rank.returncode == 0, errors.decode()
+
+
+ELASTIC = """
+import os, sys, torch.distributed as dist
+from ckptd.trainer import meeting as module
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
+place = None
+for start in (1, 2):
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(rank * start)
+    module._ordinals.clear()  # as in a new process
+    dist.init_process_group("gloo", store=dist.PrefixStore(f"{start}", store), rank=rank, world_size=2)
+    while rank == 0 and place is not None and store.get(place) == before:
+        pass  # in the second start rank 1 comes first, and finds all that the first start left
+    meeting = module.Meeting.of_job("memory://x", 60)
+    if rank == 0:
+        meeting.announce("attempt", b"%d" % start)
+    assert meeting.hear("attempt", 60) == b"%d" % start
+    assert meeting.gather("resume/1/1", b"%d" % start, 60) == [b"%d" % start] * 2
+    place = os.path.dirname(meeting._prefix) + "/join/1"
+    before = store.get(place)
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def test_ranks_that_start_again_over_a_store_that_stayed_read_nothing_of_before():
+    server = serve()
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", ELASTIC, str(rank), str(server.port)], stderr=-1)
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        _, errors = rank.communicate(timeout=90)
+        assert rank.returncode == 0, errors.decode()
+
+
+def test_a_job_that_does_not_meet_closes_its_connection_and_says_who_is_missing(environ):
+    board = LocalBoard()
+    closed = []
+    environ.setattr(board, "close", lambda: closed.append(True))
+    environ.setattr(dist, "is_initialized", lambda: True)
+    environ.setattr(dist, "get_rank", lambda: 0)
+    environ.setattr(dist, "get_world_size", lambda: 2)
+    environ.setattr(module, "_board_of_job", lambda: board)
+    with pytest.raises(MeetingError, match=r"rank 1 of 2 did not join in 0.01 s"):
+        Meeting.of_job("memory://missing", 0.01)
+    assert closed == [True]
+
+
+def test_absent_keys_among_many_take_few_requests():
+    requests = []
+
+    class Counting(StoreBoard):
+        def has_all(self, keys):
+            requests.append(len(keys))
+            return super().has_all(keys)
+
+    store = dist.HashStore()
+    board = Counting(lambda: store)
+    keys = [str(number) for number in range(256)]
+    for key in keys:
+        if key != "77":
+            board.set(key, key.encode())
+    assert board.get_many(keys) == [None if key == "77" else key.encode() for key in keys]
+    assert len(requests) < 20
 
 
 def test_a_store_of_an_unknown_type_is_refused(environ):
