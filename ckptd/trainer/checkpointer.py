@@ -45,8 +45,8 @@ log = logging.getLogger("ckptd.trainer")
 class Checkpointer:
     """Checkpoints of one job in one root. Made on every rank, in the same order on all.
 
-    Under torch.distributed, make it after ``init_process_group``. Methods belong to the thread that
-    trains, handles to any. A forked child (a data loader) must not use it.
+    Under torch.distributed, make it after ``init_process_group``; each rank waits for the others.
+    Methods belong to the thread that trains, handles to any; a forked child must not use it.
 
     Args:
         url: a folder that every rank sees, or ``file://`` of one; ``memory://name`` for tests, with

@@ -93,8 +93,11 @@ def test_r1_r2_a_flipped_byte_sends_all_ranks_to_the_older_checkpoint_loudly(
     again = start(place, ranks, 2, seed=2)
     assert all_do(again, "resume") == [{"step": 1, "attempt": 1}] * 2
     assert all_do(again, "digest") == [digests[1]] * 2
-    for rank in again:
-        assert "NOT WHOLE" in rank.text
+    # A manifest that does not parse is passed over by rank 0, which looks; what it names is
+    # missed by every rank.
+    assert "NOT WHOLE" in again[0].text or "DAMAGED" in again[0].text
+    if what != "manifest":
+        assert "NOT WHOLE" in again[1].text
     # It goes on from there, on a line without the damaged step.
     train_and_save(again, 2)
     all_do(again, "close")
