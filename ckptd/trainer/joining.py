@@ -20,14 +20,12 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from ckptd.errors import MeetingError
-
-if TYPE_CHECKING:  # meeting.py imports this module
-    from ckptd.trainer.meeting import Board
+from ckptd.trainer.boards import Board
 
 _T = TypeVar("_T")
 

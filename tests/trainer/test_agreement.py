@@ -11,7 +11,8 @@ from ckptd.model.box import Box
 from ckptd.model.tensor import Held, Layout, Tensor
 from ckptd.plan.split import split
 from ckptd.trainer.agreement import Agreement
-from ckptd.trainer.meeting import LocalBoard, Meeting, TcpBoard
+from ckptd.trainer.boards import LocalBoard, TcpBoard
+from ckptd.trainer.meeting import Meeting
 from ckptd.units import MIB
 
 LONG_S = 60.0

@@ -21,7 +21,8 @@ from ckptd.store.base import Store
 from ckptd.store.local import LocalStore
 from ckptd.store.memory import MemoryStore
 from ckptd.trainer.attempts import Attempt, start_attempt
-from ckptd.trainer.meeting import LocalBoard, Meeting
+from ckptd.trainer.boards import LocalBoard
+from ckptd.trainer.meeting import Meeting
 from tests.fakes.stores import FailingStore, Op, RecordingStore
 
 WAIT_S = 20.0

@@ -26,9 +26,10 @@ from ckptd.pipeline.catalog import read_manifest, read_ranks
 from ckptd.pipeline.verify import verify
 from ckptd.store.memory import MemoryStore
 from ckptd.trainer import checkpointer as module
+from ckptd.trainer.boards import LocalBoard
 from ckptd.trainer.checkpointer import Checkpointer
 from ckptd.trainer.handle import Handle
-from ckptd.trainer.meeting import LocalBoard, Meeting
+from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.values import PerRank
 from tests.fakes.training import WAIT_S, bits, make_state, same, train
 

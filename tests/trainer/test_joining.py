@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.errors import MeetingError
+from ckptd.trainer.boards import LocalBoard, TcpBoard
 from ckptd.trainer.joining import Answerer, AskPlaces, AskRoll, Caller, Place, Roll, join
-from ckptd.trainer.meeting import LocalBoard, TcpBoard
 
 WAIT_S = 30.0
 

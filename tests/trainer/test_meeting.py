@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from ckptd.errors import ConfigError, MeetingError
 from ckptd.trainer import meeting as module
-from ckptd.trainer.meeting import MAX_VALUE_BYTES, LocalBoard, Meeting, StoreBoard, TcpBoard
+from ckptd.trainer.boards import MAX_VALUE_BYTES, LocalBoard, StoreBoard, TcpBoard
+from ckptd.trainer.meeting import Meeting
 
 
 def serve():
@@ -222,7 +223,8 @@ def test_the_ranks_of_every_start_look_for_each_other_in_one_place(environ):
 
 RANK = """
 import sys, torch.distributed as dist
-from ckptd.trainer.meeting import Meeting, TcpBoard
+from ckptd.trainer.boards import TcpBoard
+from ckptd.trainer.meeting import Meeting
 rank, how = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=how, rank=rank, world_size=2)
 meeting = Meeting.of_job("memory://x", 60)

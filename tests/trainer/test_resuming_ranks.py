@@ -30,9 +30,10 @@ from ckptd.store.memory import MemoryStore
 from ckptd.store.open import open_store
 from ckptd.trainer import resuming as resuming_module
 from ckptd.trainer import rng
+from ckptd.trainer.boards import LocalBoard
 from ckptd.trainer.filling import Request
 from ckptd.trainer.flatten import flatten
-from ckptd.trainer.meeting import LocalBoard, Meeting
+from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 from ckptd.trainer.resuming import Resumed, Resuming
 from ckptd.trainer.rng import RNGState
