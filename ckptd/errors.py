@@ -28,6 +28,17 @@ class AlreadyServingError(ConfigError):
     """Another daemon holds the socket that this one was to serve on."""
 
 
+def class_named(name: str) -> type[CkptdError]:
+    """Return the class of this tree with that name, as another process sent it.
+
+    What is not one of them, of a newer version perhaps, is just a `CkptdError`.
+    """
+    found = globals().get(name)
+    if isinstance(found, type) and issubclass(found, CkptdError):
+        return found
+    return CkptdError
+
+
 # --- handing a snapshot to the daemon ---------------------------------------------------------
 
 

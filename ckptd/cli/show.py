@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from ckptd.cli.console import add_row, new_table, plain, print_json, show
-from ckptd.cli.source import find_commit, open_source
+from ckptd.cli.source import Src, Step, find_commit, open_source
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.pipeline.catalog import read_manifest, read_rank
@@ -20,16 +20,9 @@ _MAX_PREVIEW = 60
 
 
 def command(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="Folder (or file:// URL) of a root.", show_default=False
-        ),
-    ],
+    src: Src,
     *,
-    step: Annotated[
-        str | None, typer.Option(help="1000 on the line, or 1000-0003 for any; else the newest.")
-    ] = None,
+    step: Step = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show what a checkpoint holds: tensors and values."""

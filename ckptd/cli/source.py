@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
+
+import typer
 
 from ckptd.pipeline import catalog
 from ckptd.plan.line import Commit, parse_step_text
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.store.root import check_root
+
+Src = Annotated[
+    str,
+    typer.Argument(metavar="SRC", help="Folder (or file:// URL) of a root.", show_default=False),
+]
+Step = Annotated[
+    str | None, typer.Option(help="1000 on the line, or 1000-0003 for any; else the newest.")
+]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import msgspec
 import typer
 
 from ckptd.cli.console import add_row, new_table, plain, print_json, progress_bar, show
-from ckptd.cli.source import find_commit, open_source
+from ckptd.cli.source import Src, Step, find_commit, open_source
 from ckptd.errors import ConfigError, CorruptError
 from ckptd.pipeline.verify import Damage, VerifyReport, verify, verify_all
 from ckptd.pipeline.write import default_workers
@@ -16,16 +16,9 @@ from ckptd.units import format_bytes
 
 
 def command(
-    src: Annotated[
-        str,
-        typer.Argument(
-            metavar="SRC", help="Folder (or file:// URL) of a root.", show_default=False
-        ),
-    ],
+    src: Src,
     *,
-    step: Annotated[
-        str | None, typer.Option(help="1000 on the line, or 1000-0003 for any; else the newest.")
-    ] = None,
+    step: Step = None,
     is_all: Annotated[bool, typer.Option("--all", help="Check every checkpoint.")] = False,
     is_data: Annotated[
         bool, typer.Option("--data", help="Re-read and re-hash every byte, not only lengths.")

@@ -73,7 +73,7 @@ class Agreement:
     def __init__(self, meeting: Meeting, chunk_bytes: int) -> None:
         self._meeting = meeting
         self._chunk_bytes = chunk_bytes
-        self._known: tuple[Layout, str] | None = None  # the last layout, to digest it only once
+        self._own: Layout | None = None  # the last one, which need not be fetched
         self._whole: tuple[str, Agreed] | None = None  # the plan of a job of one rank
         self._state = AgreementState()
         # Guards everything below and _state. Never held while the board is asked.
@@ -95,7 +95,7 @@ class Agreement:
 
         Later calls, and calls after the first save, do nothing.
         """
-        digest = self._digest(layout)
+        self._own, digest = layout, layout.digest()
         if self._meeting.world_size == 1:
             return
         with self._changed:
@@ -116,7 +116,7 @@ class Agreement:
             LayoutError: the layouts of the ranks do not fit, or replicas differ: once on each rank,
                 in the save after this was found. The next save starts another round.
         """
-        digest = self._digest(layout)
+        self._own, digest = layout, layout.digest()
         if self._meeting.world_size == 1:
             return self._alone(layout, digest)
         with self._changed:
@@ -137,7 +137,7 @@ class Agreement:
 
     def planned(self, layout: Layout) -> Agreed | None:
         """Return the plan that a next save of this layout will find in force, if one is."""
-        digest = self._digest(layout)
+        self._own, digest = layout, layout.digest()
         if self._meeting.world_size == 1:
             return self._alone(layout, digest)
         with self._changed:
@@ -164,11 +164,6 @@ class Agreement:
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join(timeout_s)
-
-    def _digest(self, layout: Layout) -> str:
-        if self._known is None or self._known[0] is not layout:
-            self._known = (layout, layout.digest())
-        return self._known[1]
 
     def _alone(self, layout: Layout, digest: str) -> Agreed:
         if self._whole is None or self._whole[0] != digest:
@@ -307,7 +302,7 @@ class Agreement:
 
     def _fetch_layouts(self, digests: set[str]) -> dict[str, Layout]:
         """Return the layouts by digest: one object for equal ones, read once."""
-        layouts = {} if self._known is None else {self._known[1]: self._known[0]}
+        layouts = {} if self._own is None else {self._own.digest(): self._own}
         unknown = sorted(digests - layouts.keys())
         values = self._fetch([f"layout/{digest}" for digest in unknown])
         layouts |= {d: _decode(value, Layout) for d, value in zip(unknown, values, strict=True)}

@@ -112,11 +112,11 @@ def _check_record(store: Store, rank: int, attempt: Attempt) -> None:
 
 
 def _same_error(call: _Call) -> CkptdError:
-    kind = getattr(errors, call.kind, None)
+    kind = errors.class_named(call.kind)
     message = f"rank 0 could not start the attempt: {call.reason}"
-    if isinstance(kind, type) and issubclass(kind, errors.StoreError):
+    if issubclass(kind, errors.StoreError):
         return kind("", message)
-    if isinstance(kind, type) and issubclass(kind, errors.ConfigError):
+    if issubclass(kind, errors.ConfigError):
         return kind(message)
     return MeetingError(message)
 

@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
-import numpy as np
 
 from ckptd import failpoints
 from ckptd.errors import CkptdError, ConfigError, LayoutError, SaveSkippedError, SlotsBusyError
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
+from ckptd.model.tensor import Layout
 from ckptd.pipeline.catalog import describe, list_checkpoints
 from ckptd.plan.split import whole_share
 from ckptd.store.open import normalise_url, open_store
@@ -26,9 +26,9 @@ from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import check_step, numbers_of
 from ckptd.trainer.attempts import start_attempt
 from ckptd.trainer.filling import Request, Resumed
-from ckptd.trainer.flatten import Flat, check_state, flatten
+from ckptd.trainer.flatten import Columns, Flat, check_state, flatten
 from ckptd.trainer.handle import Handle
-from ckptd.trainer.layouts import fingerprints, layout_of
+from ckptd.trainer.layouts import fingerprint_bytes, layout_of
 from ckptd.trainer.link import Link, Pending
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
@@ -111,7 +111,7 @@ class Checkpointer:
         self._resuming = Resuming(self.options, self._meeting)
         self._resumed_from: StepId | None = None
         self._flat: Flat | None = None
-        self._layout: tuple[Any, Any, str] | None = None  # signature, layout, digest
+        self._layout: tuple[Columns, Layout] | None = None  # with the signature it was made for
         self._handles: list[Handle] = []
         self._sequence = 0
         self._is_closed = False
@@ -299,18 +299,17 @@ class Checkpointer:
         """Return what this rank writes in this save, and the samples that go with it."""
         signature = flat.signature()
         if self._layout is None or self._layout[0] != signature:
-            layout = layout_of(flat)
-            self._layout = (signature, layout, layout.digest())
-        _, layout, digest = self._layout
+            self._layout = (signature, layout_of(flat))
+        layout = self._layout[1]
         samples = None
         if not self._agreement.is_planned:
-            samples = np.array(fingerprints(flat.leaves), "<u8").tobytes()
+            samples = fingerprint_bytes(flat.leaves)
         agreed = self._agreement.begin_save(sequence, layout, samples)
         if agreed is not None:
-            return self._snapshots.cut(layout, digest, agreed.plan, agreed.share), b""
+            return self._snapshots.cut(layout, agreed.plan, agreed.share), b""
         if samples is None:
-            samples = np.array(fingerprints(flat.leaves), "<u8").tobytes()
-        return self._snapshots.cut(layout, digest, None, whole_share(layout)), samples
+            samples = fingerprint_bytes(flat.leaves)
+        return self._snapshots.cut(layout, None, whole_share(layout)), samples
 
     def _hand_off(
         self, handle: Handle, cut: Cut, captured: Captured, values: bytes, samples: bytes,

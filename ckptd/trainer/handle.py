@@ -106,13 +106,13 @@ def error_of(finished: Finished) -> CkptdError | None:
     """Rebuild the error that the daemon reported; None if the step is committed."""
     if finished.state == "committed":
         return None
-    kind = getattr(errors, finished.kind, None)
+    kind = errors.class_named(finished.kind)
     if kind is IncompleteError:
         return IncompleteError(
             finished.reason, step=finished.step, missing_ranks=finished.ranks
         )  # fmt: skip
-    if isinstance(kind, type) and issubclass(kind, LayoutError):
+    if issubclass(kind, LayoutError):
         return kind(finished.reason, fqn=finished.fqn, ranks=finished.ranks)
-    if isinstance(kind, type) and issubclass(kind, CheckpointError):
+    if issubclass(kind, CheckpointError):
         return kind(finished.reason, step=finished.step)
     return SaveFailedError(finished.reason, step=finished.step)

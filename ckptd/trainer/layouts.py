@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import xxhash
 
@@ -81,6 +82,11 @@ def fingerprints(leaves: Sequence[Leaf]) -> list[int]:
                 found[i] = xxhash.xxh3_64_intdigest(packed[at : at + size]) or 1
                 at += size
     return found
+
+
+def fingerprint_bytes(leaves: Sequence[Leaf]) -> bytes:
+    """Return `fingerprints` as they stand in a rank manifest: 8 bytes each, little-endian."""
+    return np.array(fingerprints(leaves), "<u8").tobytes()
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

@@ -377,8 +377,8 @@ def _rest_of(port: Port) -> list[say.FromDaemon]:
 
 
 def _refusal(message: say.Refused) -> CkptdError:
-    kind = getattr(errors, message.kind, None)
-    if isinstance(kind, type) and issubclass(kind, CkptdError) and kind.retryable:
+    kind = errors.class_named(message.kind)
+    if kind.retryable:
         return DaemonUnavailableError(message.reason)  # it stops, or its store does not answer now
     if message.kind == ProtocolError.__name__:
         return ProtocolError(message.reason)

@@ -62,7 +62,7 @@ class Preparation:
         agreed = self._agreement.planned(layout)
         plan, share = (agreed.plan, agreed.share) if agreed else (None, whole_share(layout))
         try:
-            cut = self._snapshots.cut(layout, layout.digest(), plan, share)
+            cut = self._snapshots.cut(layout, plan, share)
             self._snapshots.reserve(cut.packed.slot_bytes, is_faulted=True)
             self._snapshots.lay_out(cut)
         except CkptdError as error:

@@ -213,9 +213,7 @@ def _report(error: Exception | None) -> _Report:
 
 def _error(kind: str, reason: str, fqn: str = "") -> CkptdError:
     """Rebuild an error that another rank met."""
-    found = getattr(errors, kind, None)
-    if not (isinstance(found, type) and issubclass(found, CkptdError)):
-        return CkptdError(reason)
+    found = errors.class_named(kind)
     if issubclass(found, StoreError):
         return found("", reason)
     if issubclass(found, LayoutError):

@@ -74,14 +74,14 @@ class Snapshots:
         self._lock = threading.RLock()  # guards _shelf, its destinations, _retired and _cuts
         self._is_closed = False
 
-    def cut(self, layout: Layout, digest: str, plan: str | None, share: Share) -> Cut:
+    def cut(self, layout: Layout, plan: str | None, share: Share) -> Cut:
         """Return what to write under this layout and plan; made once, then remembered."""
-        key = (digest, plan)
+        key = (layout.digest(), plan)
         with self._lock:
             if key not in self._cuts:
                 while len(self._cuts) >= MAX_RECIPES:
                     del self._cuts[next(iter(self._cuts))]
-                self._cuts[key] = self._new_cut(layout, digest, plan, share)
+                self._cuts[key] = self._new_cut(layout, plan, share)
             return self._cuts[key]
 
     def reserve(self, slot_bytes: int, *, is_faulted: bool = False) -> None:
@@ -155,10 +155,10 @@ class Snapshots:
             shelf.destinations.clear()
             shelf.arena.close()
 
-    def _new_cut(self, layout: Layout, digest: str, plan: str | None, share: Share) -> Cut:
+    def _new_cut(self, layout: Layout, plan: str | None, share: Share) -> Cut:
         packed = pack(layout, share, chunk_bytes=self._chunk_bytes, header_bytes=SLOT_HEADER_BYTES)
         recipe = Recipe(
-            recipe=self._next_recipe, plan=plan, layout=digest, tensors=packed.tensors,
+            recipe=self._next_recipe, plan=plan, layout=layout.digest(), tensors=packed.tensors,
             aliases=packed.aliases, pieces=Columns.pack(packed.pieces),
             chunks=tuple(ChunkPlan(c.dtype, c.offset_bytes, c.raw_bytes) for c in packed.chunks),
         )  # fmt: skip

@@ -35,7 +35,7 @@ def state(value: float, count: int = 100) -> Flat:
 
 def cut_of(snapshots: Snapshots, flat: Flat, plan: str | None = None) -> Cut:
     layout = layout_of(flat)
-    return snapshots.cut(layout, layout.digest(), plan, whole_share(layout))
+    return snapshots.cut(layout, plan, whole_share(layout))
 
 
 def capture(snapshots: Snapshots, flat: Flat, sequence: int = 1, **more: Any) -> Captured | None:
