@@ -34,6 +34,7 @@ import xxhash
 
 from ckptd.codec.blocks import BLOCK_BYTES, RAW, BlockDecoder, BlockEncoder, Mode, allowed_codecs
 from ckptd.codec.buffers import Buffer, as_bytes
+from ckptd.codec.native import NATIVE, Native
 from ckptd.errors import CorruptError
 from ckptd.model import dtypes
 from ckptd.model.manifest import MAX_CHUNK_BYTES
@@ -111,10 +112,13 @@ class Header:
 
 
 class Encoder:
-    """Makes chunks. Owns zstd contexts and about 5 MiB of scratch: one per thread, never shared."""
+    """Makes chunks. Owns zstd contexts and about 4 MiB of scratch: one per thread, never shared.
 
-    def __init__(self) -> None:
-        self._blocks = BlockEncoder()
+    `native` None goes without the C loops.
+    """
+
+    def __init__(self, native: Native | None = NATIVE) -> None:
+        self._blocks = BlockEncoder(native)
         self._copy = np.empty(BLOCK_BYTES, np.uint8)
 
     def encode(
@@ -200,10 +204,13 @@ def read_header(head: Buffer, *, hash: str, dtype: str, raw_bytes: int) -> Heade
 
 
 class Decoder:
-    """Reads chunks. Owns a zstd context and about 5 MiB of scratch: one per thread."""
+    """Reads chunks. Owns a zstd context and about 1 MiB of scratch: one per thread.
 
-    def __init__(self) -> None:
-        self._blocks = BlockDecoder()
+    `native` None goes without the C loops.
+    """
+
+    def __init__(self, native: Native | None = NATIVE) -> None:
+        self._blocks = BlockDecoder(native)
 
     def decode_block(self, header: Header, index: int, stored: Buffer, out: memoryview) -> None:
         """Decode one block and check it against its digest.

@@ -22,6 +22,7 @@ from ckptd.codec.chunk import (
     read_header,
     stored_bound,
 )
+from ckptd.codec.native import NATIVE
 from ckptd.errors import CorruptError
 from ckptd.model import dtypes
 from ckptd.model.manifest import MAX_CHUNK_BYTES
@@ -29,6 +30,18 @@ from ckptd.units import MIB
 
 ENCODER = Encoder()
 DECODER = Decoder()
+
+
+@pytest.fixture(scope="module", params=["C", "numpy"], autouse=True)
+def _loops(request):
+    """Run everything with the C loops and without them."""
+    global ENCODER, DECODER
+    native = NATIVE if request.param == "C" else None
+    if request.param == "C" and native is None:
+        pytest.skip("this package was built without a C compiler")
+    ENCODER, DECODER = Encoder(native), Decoder(native)
+
+
 FLOATS = [name for name in dtypes.BY_NAME if planes_codec(name) is not None]
 
 
@@ -99,6 +112,35 @@ def test_weights_are_stored_as_planes_and_come_back(dtype, mode):
     assert codecs_of(stored, dtype, len(raw), encoded.hash) == [planes_codec(dtype)] * 2
     assert len(stored) < 0.95 * len(raw)
     assert load(stored, dtype, len(raw), encoded.hash) == raw
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_words_without_a_sign_save_its_bit(dtype):
+    raw = weights(dtype, BLOCK_BYTES + 8000)
+    word = np.dtype(f"<u{chunks_word(dtype)}")
+    bare = np.frombuffer(raw, word) & word.type((1 << (8 * word.itemsize - 1)) - 1)
+    encoded, stored = store(bare.tobytes(), dtype)
+    assert codecs_of(stored, dtype, len(raw), encoded.hash) == [planes_codec(dtype) + 3] * 2
+    assert load(stored, dtype, len(raw), encoded.hash) == bare.tobytes()
+    signed = store(raw, dtype)[0].stored_bytes
+    assert signed - encoded.stored_bytes == pytest.approx(len(raw) / word.itemsize / 8, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_one_sign_that_the_sample_did_not_show_is_kept(dtype):
+    size = chunks_word(dtype)
+    word = np.dtype(f"<u{size}")
+    top = word.type(1 << (8 * size - 1))
+    words = np.frombuffer(weights(dtype, BLOCK_BYTES), word) & ~top
+    words[BLOCK_BYTES // size - 1] |= top
+    encoded, stored = store(words.tobytes(), dtype)
+    assert codecs_of(stored, dtype, BLOCK_BYTES, encoded.hash) == [planes_codec(dtype)]
+    assert load(stored, dtype, BLOCK_BYTES, encoded.hash) == words.tobytes()
+
+
+def chunks_word(dtype: str) -> int:
+    """Return the bytes of a word of a floating-point type."""
+    return {2: 2, 3: 4, 4: 8}[planes_codec(dtype)]
 
 
 def test_weights_shrink_as_much_as_measured():

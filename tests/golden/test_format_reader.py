@@ -85,17 +85,30 @@ def block(codec: int, stored: bytes, size: int) -> bytes:
     """Section 4, codecs."""
     if codec < 2:
         return frame(stored, size) if codec else stored
-    width = {2: 2, 3: 4, 4: 8}[codec]
+    width, has_sign = {2: 2, 3: 4, 4: 8}[codec if codec < 5 else codec - 3], codec < 5
     count, at, shift = size // width, 0, 0
     words = np.zeros(count, f"<u{width}")
     for half in [h for h in (4, 2, 1) if 2 * h <= width]:
-        plane = np.frombuffer(stored, f"<u{half}", count, at).astype(words.dtype)
+        if half > 1 or has_sign:
+            plane = np.frombuffer(stored, f"<u{half}", count, at).astype(words.dtype)
+            at += count * half
+        else:
+            plane = sevens(stored[at : at + -(-count // 8) * 7], count).astype(words.dtype)
+            at += -(-count // 8) * 7
         words |= plane << words.dtype.type(shift)
-        at, shift = at + count * half, shift + 8 * half
+        shift += 8 * half
     top = np.frombuffer(frame(stored[at:], count), np.uint8).astype(words.dtype)
+    if not has_sign:
+        return (words | top << words.dtype.type(8 * width - 9)).tobytes()
     words |= top << words.dtype.type(shift)
     one, rest = words.dtype.type(1), words.dtype.type(8 * width - 1)
     return (words >> one | words << rest).tobytes()
+
+
+def sevens(packed: bytes, count: int) -> np.ndarray[Any, Any]:
+    """Section 4, codecs: values of seven bits, the first in the lowest bits."""
+    bits = int.from_bytes(packed, "little")
+    return np.array([bits >> 7 * i & 0x7F for i in range(count)], np.uint8)
 
 
 def chunk(data: bytes, name: str, dtype: str, size: int) -> bytes:
@@ -193,9 +206,13 @@ def test_the_root_has_all_that_the_document_describes():
     assert manifest["metrics"] == {"loss": 0.5, "odd": None}
 
 
-@pytest.mark.parametrize("name", ["raw", "zstd", "planes16", "planes32", "planes64"])
+@pytest.mark.parametrize(
+    "name",
+    ["raw", "zstd", "planes16", "planes32", "planes64", "planes16u", "planes32u", "planes64u"],
+)
 def test_each_codec_decodes_as_the_document_says(name):
-    row = json.loads((ROOT.parent / "chunks-format1.json").read_text())[name]
+    index = "chunks-format1-unsigned.json" if name.endswith("u") else "chunks-format1.json"
+    row = json.loads((ROOT.parent / index).read_text())[name]
     data = (ROOT.parent / f"chunk-format1-{name}").read_bytes()
     raw = chunk(data, row["hash"], row["dtype"], row["raw_bytes"])
     assert xxhash.xxh3_128_hexdigest(raw) == row["raw_xxh3_128"]
@@ -205,6 +222,12 @@ def test_the_worked_example_of_planes_decodes():
     plain = np.array([1.0, -2.0, 0.5, 3.0], "<f4").tobytes()
     stored = "00 00 01 00 00 00 00 00  00 00 00 80  28 b5 2f fd 20 04 21 00 00 7f 80 7e 80"
     assert block(3, bytes.fromhex(stored), 16) == plain
+
+
+def test_the_worked_example_of_planes_without_a_sign_decodes():
+    plain = np.array([1.0, 2.0, 0.5, 3.0], "<f4").tobytes()
+    stored = "00 00 00 00 00 00 00 00  00 00 00 08 00 00 00  28 b5 2f fd 20 04 21 00 00 7f 80 7e 80"
+    assert block(6, bytes.fromhex(stored), 16) == plain
 
 
 def test_a_flipped_bit_is_found():
