@@ -288,7 +288,10 @@ def test_r5_values_of_format_1_come_back_with_their_types(tmp_path, generators):
     root = tmp_path / "root"
     shutil.copytree(ROOT, root)
     found = _resume(root, 2)[2]["values"]
-    assert repr(found) == repr(VALUES)
+    assert list(found) == list(VALUES)
+    for name, value in VALUES.items():  # repr: a NaN is not equal to itself; sets have no order
+        is_set = isinstance(value, (set, frozenset))
+        assert found[name] == value if is_set else repr(found[name]) == repr(value)
     assert [type(value) for value in found.values()] == [type(value) for value in VALUES.values()]
 
 
