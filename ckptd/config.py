@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from ckptd.engine.lifetime import TRIM_S
 from ckptd.errors import ConfigError
 
 
@@ -15,6 +16,7 @@ class DaemonConfig(msgspec.Struct, frozen=True):
     Attributes:
         socket: absolute path of its socket.
         linger_s: how long to stay without clients after one vanished; None: for ever.
+        trim_s: how long to keep buffers for the next snapshot when there is nothing to do.
         drain_s: how long a SIGTERM may take before the exit code says that work was left.
         workers: threads that code and store; None: as many as this process has cores.
         nice: added to the niceness, so that training keeps its cores.
@@ -24,6 +26,7 @@ class DaemonConfig(msgspec.Struct, frozen=True):
 
     socket: str
     linger_s: float | None
+    trim_s: float
     drain_s: float
     workers: int | None
     nice: int
@@ -40,6 +43,7 @@ def daemon_config(env: Mapping[str, str], *, socket: str, is_on_demand: bool) ->
     return DaemonConfig(
         socket=socket,
         linger_s=_number(env, "CKPTD_LINGER_S", 600.0) if is_on_demand else None,
+        trim_s=_number(env, "CKPTD_TRIM_S", TRIM_S),
         drain_s=_number(env, "CKPTD_DRAIN_S", 25.0),
         workers=int(_number(env, "CKPTD_WORKERS", 0)) or None,
         nice=int(_number(env, "CKPTD_NICE", 10)),

@@ -10,6 +10,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     config = daemon_config({}, socket="/run/ckptd/x", is_on_demand=True)
     assert (config.socket, config.linger_s, config.drain_s) == ("/run/ckptd/x", 600.0, 25.0)
     assert (config.workers, config.nice, config.metrics_address) == (None, 10, None)
+    assert config.trim_s == 60.0
     assert config.log_level == "info"
 
 
@@ -21,11 +22,11 @@ def test_a_service_never_leaves_for_lack_of_clients() -> None:
 
 def test_every_setting_comes_from_the_environment_that_was_given() -> None:
     env = {
-        "CKPTD_DRAIN_S": "1.5", "CKPTD_WORKERS": "3", "CKPTD_NICE": "0",
+        "CKPTD_DRAIN_S": "1.5", "CKPTD_TRIM_S": "2", "CKPTD_WORKERS": "3", "CKPTD_NICE": "0",
         "CKPTD_METRICS": "127.0.0.1:9400", "CKPTD_LOG_LEVEL": "DEBUG",
     }  # fmt: skip
     config = daemon_config(env, socket="/s", is_on_demand=True)
-    assert (config.drain_s, config.workers, config.nice) == (1.5, 3, 0)
+    assert (config.drain_s, config.trim_s, config.workers, config.nice) == (1.5, 2.0, 3, 0)
     assert (config.metrics_address, config.log_level) == ("127.0.0.1:9400", "debug")
 
 

@@ -55,6 +55,7 @@ _SAMPLE_RUN_BYTES = 2 * KIB
 _MIN_BYTES = 64
 _NEARLY = 1.02
 _REPEATS = 0.95
+_ALIKE = 1 / 64
 
 _ENTROPY = -1  # a way to make a zstd frame, not a codec of its own
 
@@ -82,7 +83,8 @@ def _make_planes(native: Native | None) -> dict[int, Planes]:
 class BlockEncoder:
     """Codes blocks. Owns zstd contexts and about 4 MiB of scratch: one per thread.
 
-    `native` None goes without the C loops.
+    Blocks of a chunk are mostly alike: what suited one is tried on the next without a sample, as
+    long as it makes about the same of it. `native` None goes without the C loops.
     """
 
     def __init__(self, native: Native | None = NATIVE) -> None:
@@ -92,6 +94,11 @@ class BlockEncoder:
         self._planes = _make_planes(native)
         self._exponent = np.empty(BLOCK_BYTES // 2, np.uint8)
         self._room = np.empty(_SAMPLE_RUNS * _SAMPLE_RUN_BYTES, np.uint8)
+        self._habit: tuple[int, float] | None = None
+
+    def begin(self) -> None:
+        """Forget what suited the blocks before: the next one is of another chunk."""
+        self._habit = None
 
     def encode(self, raw: Bytes, dtype: str, out: Bytes, mode: Mode) -> tuple[int, int]:
         """Store the block `raw` at the start of `out`, in the codec that suits it.
@@ -107,13 +114,20 @@ class BlockEncoder:
         Returns:
             The codec and the stored length, which is at most that of `raw`.
         """
-        room = out[: len(raw)]
-        for code in self._choose(raw, dtype, mode):
-            # What is coded is shorter than what is raw, or it is raw.
-            stored = self._code(code, raw, room[: len(raw) - 1])
-            if stored:
+        # What is coded is shorter than what is raw, or it is raw.
+        room = out[: len(raw) - 1]
+        if self._habit is not None and len(raw) >= _MIN_BYTES:
+            code, share = self._habit
+            stored = self._code(code, raw, room)
+            if stored and abs(stored - share * len(raw)) < len(raw) * _ALIKE:
                 return max(code, ZSTD), stored
-        room[:] = raw
+        for code in self._choose(raw, dtype, mode):
+            stored = self._code(code, raw, room)
+            if stored:
+                self._habit = code, stored / len(raw)
+                return max(code, ZSTD), stored
+        self._habit = None
+        out[: len(raw)] = raw
         return RAW, len(raw)
 
     def _choose(self, raw: Bytes, dtype: str, mode: Mode) -> tuple[int, ...]:

@@ -150,6 +150,7 @@ class Encoder:
         raw, room = as_bytes(source), as_bytes(out)
         if not _is_whole(dtype, len(raw)) or len(room) < stored_bound(len(raw)):
             raise ValueError(f"cannot store {len(raw)} bytes of {dtype} in {len(room)} bytes")
+        self._blocks.begin()
         blocks: list[Block] = []
         at = header_bytes(len(raw))
         for start in range(0, len(raw), BLOCK_BYTES):

@@ -61,7 +61,7 @@ def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: boo
 def _serve(config: DaemonConfig, listener: Listener) -> int:
     if config.nice:
         os.nice(config.nice)
-    engine = Engine(linger_s=config.linger_s)
+    engine = Engine(linger_s=config.linger_s, trim_s=config.trim_s)
     server = Server(listener.socket, {os.geteuid(), 0})
     runner = Runner(engine, server.outlet, workers=config.workers)
     codes: list[int] = []

@@ -9,6 +9,8 @@ from ckptd.engine.events import Effect, Exit, Idle
 EXIT_DRAINED = 0
 EXIT_UNFINISHED = 6
 
+TRIM_S = 60.0
+
 
 class Lifetime:
     """Counts the reasons to stay.
@@ -17,13 +19,17 @@ class Lifetime:
         linger_s: how long to stay without clients after one vanished, or if none ever came, so that
             restarted workers find the daemon; None to stay for ever. Where every client said
             goodbye the end comes at once.
+        trim_s: how long to keep memory for the next snapshot when there is nothing to do. Getting
+            it anew costs cores that train.
     """
 
-    def __init__(self, linger_s: float | None) -> None:
+    def __init__(self, linger_s: float | None, trim_s: float = TRIM_S) -> None:
         self._linger_s = linger_s
+        self._trim_s = trim_s
         self._must_linger = True
         self._lonely_since: float | None = None
-        self._was_idle = True
+        self._idle_since: float | None = None
+        self._is_trimmed = True
         self._stop_at: float | None = None
 
     @property
@@ -48,13 +54,19 @@ class Lifetime:
         times = [] if self._stop_at is None else [self._stop_at]
         if self._lonely_since is not None and self._linger_s is not None:
             times.append(self._lonely_since + self._linger_s)
+        if self._idle_since is not None and not self._is_trimmed:
+            times.append(self._idle_since + self._trim_s)
         return min(times, default=None)
 
     def check(self, now: float, *, is_idle: bool, has_clients: bool) -> Iterator[Effect]:
-        """Yield `Idle` when work has just ended, and `Exit` when it is time."""
-        if is_idle and not self._was_idle:
-            yield Idle()
-        self._was_idle = is_idle
+        """Yield `Idle` when there has been no work for a while, and `Exit` when it is time."""
+        if not is_idle:
+            self._idle_since, self._is_trimmed = None, False
+        elif not self._is_trimmed:
+            self._idle_since = now if self._idle_since is None else self._idle_since
+            if now >= self._idle_since + self._trim_s:
+                self._is_trimmed = True
+                yield Idle()
         if self._stop_at is not None and (is_idle or now >= self._stop_at):
             yield Exit(EXIT_DRAINED if is_idle else EXIT_UNFINISHED)
         elif not is_idle or has_clients:

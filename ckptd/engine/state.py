@@ -12,7 +12,7 @@ from ckptd.engine import events as ev
 from ckptd.engine.clients import Client, JobKey, problem_with
 from ckptd.engine.events import Effect, Event, PartKey
 from ckptd.engine.jobs import Job, forget_older, replace
-from ckptd.engine.lifetime import Lifetime
+from ckptd.engine.lifetime import TRIM_S, Lifetime
 from ckptd.engine.replies import decode_values, finished, refuse
 from ckptd.engine.report import report
 from ckptd.engine.steps import Closed, Part, Step
@@ -23,13 +23,13 @@ from ckptd.wire import messages as say
 
 
 class Engine:
-    """All jobs that one daemon serves; `linger_s` as in `Lifetime`."""
+    """All jobs that one daemon serves; `linger_s` and `trim_s` as in `Lifetime`."""
 
-    def __init__(self, *, linger_s: float | None) -> None:
+    def __init__(self, *, linger_s: float | None, trim_s: float = TRIM_S) -> None:
         self.jobs: dict[JobKey, Job] = {}
         self.clients: dict[int, Client] = {}
         self.tally = Tally()
-        self.lifetime = Lifetime(linger_s)
+        self.lifetime = Lifetime(linger_s, trim_s)
 
     # --- events --------------------------------------------------------------------------------
 

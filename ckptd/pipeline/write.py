@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
 from typing import Literal, NamedTuple
 
 from ckptd import failpoints
@@ -14,10 +15,15 @@ from ckptd.errors import ObjectExistsError
 from ckptd.model.keys import ChunkId, StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
 from ckptd.pipeline.buffers import BufferPool
+from ckptd.pipeline.pace import Pace
 from ckptd.pipeline.threads import submit
 from ckptd.store.base import Store
 
 Compression = Literal["auto", "zstd", "none"]
+
+PUTS = 4
+BUDGET_BYTES = 4 * (33 << 20)
+"""Four chunks of the usual size: two that are coded while two are stored."""
 
 
 class Source(NamedTuple):
@@ -33,72 +39,110 @@ class Source(NamedTuple):
 
 
 class ChunkWriter:
-    """Worker threads that hash, code and store chunks; shared by all snapshots of a daemon.
+    """Threads that hash and code chunks, and threads that store them; shared by all snapshots.
 
-    In flight are at most as many chunks as there are workers, within `budget_bytes`.
+    While one chunk is being stored the next one is coded. In flight are at most `budget_bytes`.
     """
 
     def __init__(
-        self, *, workers: int | None = None, budget_bytes: int = 4 * MAX_CHUNK_BYTES
+        self, *, workers: int | None = None, puts: int = PUTS, budget_bytes: int = BUDGET_BYTES
     ) -> None:
         self.workers = workers or default_workers()
         self.buffers = BufferPool(max(budget_bytes, stored_bound(MAX_CHUNK_BYTES) + (1 << 16)))
+        self._paces: dict[str, Pace] = {}
+        self._paces_lock = threading.Lock()  # guards _paces
         self._local = threading.local()
-        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="ckptd-chunk")
+        self._coders = ThreadPoolExecutor(self.workers, thread_name_prefix="ckptd-code")
+        self._putters = ThreadPoolExecutor(puts, thread_name_prefix="ckptd-put")
 
     def write(
         self, store: Store, birth: StepId, sources: Sequence[Source], compression: Compression
     ) -> list[Chunk]:
         """Store all chunks of one snapshot and make them durable; return them in order.
 
-        Blocks the calling thread. The first failure stops the rest and is raised.
+        Blocks the calling thread. The first failure stops the rest and is raised. With ``auto``
+        chunks are left raw while coding them would keep the store waiting.
 
         Raises:
             StoreError: the snapshot is not stored whole; it may be written again.
         """
         stop = threading.Event()
-        futures = [
-            submit(self._pool, self._write_one, store, birth, source, compression, stop)
-            for source in sources
-        ]
+        job = _Job(store, birth, compression, stop, self.pace_of(store))
+        futures = [submit(self._coders, self._code, job, source) for source in sources]
         chunks = _results(futures, stop)
         failpoints.hit("chunks.sync")
         store.sync()
         return chunks
 
-    def close(self, *, wait: bool = True) -> None:
-        """End the workers after the chunk that each is at, which `wait` False does not wait for."""
-        self._pool.shutdown(wait=wait, cancel_futures=True)
+    def pace_of(self, store: Store) -> Pace:
+        """Return what is known of the speed of a root, for as long as this daemon lives."""
+        with self._paces_lock:
+            return self._paces.setdefault(store.url, Pace(self.workers))
 
-    def _write_one(
-        self,
-        store: Store,
-        birth: StepId,
-        source: Source,
-        compression: Compression,
-        stop: threading.Event,
-    ) -> Chunk:
-        if stop.is_set():
-            raise InterruptedError("another chunk of this snapshot failed")
+    def close(self, *, wait: bool = True) -> None:
+        """End the threads after the chunk that each is at, which `wait` False does not wait for."""
+        self._coders.shutdown(wait=wait, cancel_futures=True)
+        self._putters.shutdown(wait=wait, cancel_futures=True)
+
+    def _code(self, job: _Job, source: Source) -> Future[Chunk]:
+        """Code a chunk into a buffer that goes on to a thread that stores it."""
+        job.check()
         raw_bytes = source.raw.nbytes
-        with self.buffers.borrow(stored_bound(raw_bytes)) as out:
-            encoded = self._encoder().encode(
-                source.raw, source.dtype, out, mode=compression, copied=source.check
-            )
-            chunk = ChunkId(encoded.hash, birth)
-            stored_bytes = encoded.stored_bytes
+        with ExitStack() as held:
+            out = held.enter_context(self.buffers.borrow(stored_bound(raw_bytes)))
+            job.check()  # the buffer may have been long in coming
+            mode = job.compression
+            if mode == "auto" and not job.pace.is_worth_coding():
+                mode = "none"
+            with job.pace.coding(raw_bytes) if mode != "none" else nullcontext():
+                encoded = self._encoder().encode(
+                    source.raw, source.dtype, out, mode=mode, copied=source.check
+                )
+            ready = _Ready(encoded.hash, source.dtype, raw_bytes, out[: encoded.stored_bytes])
+            held.callback(ready.stored.release)
+            return submit(self._putters, self._put, job, ready, held.pop_all())
+
+    def _put(self, job: _Job, ready: _Ready, held: ExitStack) -> Chunk:
+        with held:
+            job.check()
+            chunk = ChunkId(ready.hash, job.birth)
+            stored_bytes = len(ready.stored)
             try:
                 failpoints.hit("chunk.put")
-                store.put_new(chunk.key, out[:stored_bytes], is_deferred=True)
+                with job.pace.storing(stored_bytes):
+                    job.store.put_new(chunk.key, ready.stored, is_deferred=True)
             except ObjectExistsError:
-                stored_bytes = _stored_bytes(store, chunk, source.dtype, raw_bytes)
-        return Chunk(chunk.hash, str(birth), source.dtype, raw_bytes, stored_bytes)
+                stored_bytes = _stored_bytes(job.store, chunk, ready.dtype, ready.raw_bytes)
+        return Chunk(chunk.hash, str(job.birth), ready.dtype, ready.raw_bytes, stored_bytes)
 
     def _encoder(self) -> Encoder:
         if not hasattr(self._local, "encoder"):
             self._local.encoder = Encoder()
         encoder: Encoder = self._local.encoder
         return encoder
+
+
+class _Job(NamedTuple):
+    """One call of `write`."""
+
+    store: Store
+    birth: StepId
+    compression: Compression
+    stop: threading.Event
+    pace: Pace
+
+    def check(self) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("another chunk of this snapshot failed")
+
+
+class _Ready(NamedTuple):
+    """A coded chunk; `stored` lies in a borrowed buffer."""
+
+    hash: str
+    dtype: str
+    raw_bytes: int
+    stored: memoryview
 
 
 def default_workers() -> int:
@@ -108,12 +152,13 @@ def default_workers() -> int:
     return os.cpu_count() or 1
 
 
-def _results(futures: list[Future[Chunk]], stop: threading.Event) -> list[Chunk]:
+def _results(coding: list[Future[Future[Chunk]]], stop: threading.Event) -> list[Chunk]:
     try:
-        return [future.result() for future in futures]
+        return [future.result().result() for future in coding]
     except BaseException:
         stop.set()
-        wait(futures)  # nobody may read the slot once this returns
+        wait(coding)  # nobody may read the slot once this returns
+        wait([f.result() for f in coding if not f.cancelled() and f.exception() is None])
         raise
 
 

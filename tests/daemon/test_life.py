@@ -227,7 +227,7 @@ def test_metrics_count_commits(place: Place) -> None:
 
 
 def test_a_daemon_is_small_and_quiet_once_it_has_nothing_to_do(place: Place) -> None:
-    daemon = place.daemon()
+    daemon = place.daemon(CKPTD_TRIM_S="0")
     shapes = {f"model.w{i}": (1024, 1920) for i in range(8)}
     with FakeTrainer(daemon.socket, place.root, shapes=shapes, chunk_bytes=32 * MIB) as trainer:
         assert sum(c.raw_bytes for c in trainer.packed.chunks) == 60 * MIB

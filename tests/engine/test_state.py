@@ -5,6 +5,7 @@ import pytest
 
 from ckptd.engine import events as ev
 from ckptd.engine.jobs import Job
+from ckptd.engine.lifetime import TRIM_S
 from ckptd.engine.steps import GIVE_UP_S
 from ckptd.model.keys import StepId
 from ckptd.pipeline.commit import Verdict
@@ -398,3 +399,17 @@ def test_a_lonely_engine_that_is_a_service_stays(bench: Bench) -> None:
     bench.join(1)
     bench.say(1, say.Goodbye())
     assert not of(ev.Exit, bench.tick(1e6))
+
+
+def test_memory_is_kept_from_snapshot_to_snapshot_and_given_back_once_after_a_while(
+    bench: Bench,
+) -> None:
+    bench.join(1)
+    assert not of(ev.Idle, bench.tick(TRIM_S + 1)), "there is none yet"
+    for step in (10, 20):
+        bench.write(1, step, step // 10)
+        bench.judge(step)
+        assert not of(ev.Idle, bench.tick(TRIM_S - 1))
+    assert bench.engine.next_due() == pytest.approx(bench.now + 1)
+    assert of(ev.Idle, bench.tick(2)) == [ev.Idle()]
+    assert not of(ev.Idle, bench.tick(TRIM_S + 1))

@@ -47,7 +47,9 @@ class Bench:
     """A runner that runs. Messages to clients are kept."""
 
     def __init__(self, *, linger_s: float | None = None) -> None:
-        self.runner = Runner(Engine(linger_s=linger_s), Outlet(self._send, self._drop), workers=2)
+        self.runner = Runner(
+            Engine(linger_s=linger_s, trim_s=0.0), Outlet(self._send, self._drop), workers=2
+        )
         self.said: list[tuple[int, say.FromDaemon]] = []
         self.dropped: list[int] = []
         self.code: int | None = None

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from ckptd import failpoints
+from ckptd.codec.blocks import PLANES32, RAW
 from ckptd.codec.chunk import Decoder, Encoder, block_count, header_bytes, read_header, stored_bound
 from ckptd.errors import SlotMovedError, StoreError, StoreFullError, StoreUnavailableError
 from ckptd.model.keys import StepId
@@ -67,6 +69,26 @@ def test_d2_chunks_come_back_in_order_and_byte_for_byte(
     assert {chunk.birth for chunk in chunks} == {str(BIRTH)}
     for chunk in chunks:
         chunk.check()
+
+
+def codecs_of(store: MemoryStore, chunk: Chunk) -> set[int]:
+    data = store.get(chunk.id.key, max_bytes=1 << 30)
+    header = read_header(data, hash=chunk.hash, dtype=chunk.dtype, raw_bytes=chunk.raw_bytes)
+    return {block.codec for block in header.blocks}
+
+
+def test_auto_leaves_raw_what_coding_would_delay_and_nothing_else_does(
+    writer: ChunkWriter, store: MemoryStore
+) -> None:
+    pace = writer.pace_of(store)
+    with pace.coding(1):
+        time.sleep(0.001)  # a byte in a millisecond: no store is slower
+    with pace.storing(1 << 40):
+        pass
+    for step, compression, codec in ((1, "auto", RAW), (2, "zstd", PLANES32), (3, "none", RAW)):
+        (chunk,) = writer.write(store, StepId(1, step), [source(noise(1, MIB))], compression)
+        assert codecs_of(store, chunk) == {codec}
+    assert writer.pace_of(RecordingStore(store)) is pace, "by root, not by object"
 
 
 def test_nothing_to_write_is_fine(writer: ChunkWriter, store: MemoryStore) -> None:
