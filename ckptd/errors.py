@@ -153,6 +153,17 @@ class SaveSkippedError(SaveFailedError):
     """The step was left out because no slot was free on some rank (``on_busy="skip"``)."""
 
 
+class StateChangedError(SaveFailedError):
+    """The state was changed while it was being copied (``overlap=True``). `fqn` names a tensor.
+
+    Found by samples, so a change that reaches none of them does not raise this.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None, fqn: str = "") -> None:
+        super().__init__(message, step=step)
+        self.fqn = fqn
+
+
 class SaveUnknownError(CheckpointError):
     """Time ran out before the outcome was known: the step may still be committed."""
 

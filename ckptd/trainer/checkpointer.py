@@ -5,39 +5,32 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from types import TracebackType
 from typing import Literal
 
-import msgspec
-
 from ckptd import failpoints
-from ckptd.errors import CkptdError, ConfigError, LayoutError, SaveSkippedError, SlotsBusyError
+from ckptd.errors import ConfigError, LayoutError
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
-from ckptd.model.tensor import Layout
 from ckptd.pipeline.catalog import describe, list_checkpoints
-from ckptd.plan.split import whole_share
 from ckptd.store.open import normalise_url, open_store
 from ckptd.trainer.agreement import Agreement
-from ckptd.trainer.arguments import check_step, numbers_of
+from ckptd.trainer.arguments import numbers_of
 from ckptd.trainer.attempts import start_attempt
 from ckptd.trainer.filling import Request, Resumed
-from ckptd.trainer.flatten import Columns, Flat, check_state, flatten
+from ckptd.trainer.flatten import check_state
 from ckptd.trainer.handle import Handle
-from ckptd.trainer.layouts import fingerprint_bytes, layout_of
-from ckptd.trainer.link import Link, Pending
+from ckptd.trainer.link import Link
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 from ckptd.trainer.ports import hello_of, open_port
 from ckptd.trainer.preparing import Preparation
 from ckptd.trainer.resuming import Resuming
-from ckptd.trainer.snapshots import Captured, Cut, Snapshots
+from ckptd.trainer.saving import Saving
+from ckptd.trainer.snapshots import Snapshots
 from ckptd.trainer.stored import MapLocation, Rename
-from ckptd.wire import messages as say
 
 log = logging.getLogger("ckptd.trainer")
 
@@ -62,6 +55,9 @@ class Checkpointer:
         commit_timeout_s: how long a step may wait for the slowest rank before it is given up.
         meeting_timeout_s: how long ranks wait for each other at the start and in `resume`.
         allow_pickle: store values that have no safe form as marked pickles.
+        overlap: let `save` return before parameters and optimizer state are copied; the copy runs
+            beside the next forward and backward pass, and every optimizer's ``step`` waits for it.
+            Whatever else writes to them must call `fence` first.
 
     Raises:
         ConfigError: the arguments, the root or the job cannot work; the message says what to do.
@@ -82,10 +78,11 @@ class Checkpointer:
         commit_timeout_s: float = 600.0,
         meeting_timeout_s: float = 300.0,
         allow_pickle: bool = False,
+        overlap: bool = False,
     ) -> None:
         self.options = Options(
             normalise_url(os.fspath(url)), daemon, compression, on_busy, busy_timeout_s, slots,
-            storage_options or {}, commit_timeout_s, meeting_timeout_s, allow_pickle,
+            storage_options or {}, commit_timeout_s, meeting_timeout_s, allow_pickle, overlap,
         )  # fmt: skip
         self.options.check()
         self.options.check_daemon(os.environ)
@@ -109,11 +106,9 @@ class Checkpointer:
         )  # fmt: skip
         self._preparation = Preparation(self.options, self._agreement, self._snapshots)
         self._resuming = Resuming(self.options, self._meeting)
-        self._resumed_from: StepId | None = None
-        self._flat: Flat | None = None
-        self._layout: tuple[Columns, Layout] | None = None  # with the signature it was made for
-        self._handles: list[Handle] = []
-        self._sequence = 0
+        self._saving = Saving(
+            self.options, self._agreement, self._snapshots, self._link, self._load
+        )
         self._is_closed = False
         atexit.register(self._at_exit)
 
@@ -140,25 +135,22 @@ class Checkpointer:
             CkptdError: why an *earlier* save failed, once. This one was handed off all the same, so
                 that ranks which hear of a failure at different steps stay in step.
         """
-        began = time.perf_counter()
         self._check_usable()
-        last = self._handles[-1] if self._handles else None
-        if last is not None and step == last.step:
-            last.raise_again()
-            if wait:
-                last.result(deadline_s)
-            return last
-        check_step(step, after=None if last is None else last.step)
-        handle = Handle(step, self._sequence + 1, self._load)
-        self._sequence += 1
-        self._handles.append(handle)
-        with self._forfeiting(handle):
-            self._snapshot(handle, state, numbers_of(metrics or {}))
-        handle.pause_s = time.perf_counter() - began
+        handle = self._saving.save(step, state, numbers_of(metrics or {}))
         if wait:
             handle.result(deadline_s)
-        self._raise_untold(handle)
+        self._saving.raise_untold(handle)
         return handle
+
+    def fence(self) -> None:
+        """Wait until parameters and optimizer state may be changed after a `save` with ``overlap``.
+
+        Every ``step`` of an optimizer does it by itself. Call it before anything else writes to
+        them: swapping in averaged weights, clamping, a replayed CUDA graph. On CUDA the current
+        stream waits, and not the caller. Without ``overlap``, or with nothing to wait for, it
+        returns at once. For any thread.
+        """
+        self._saving.fence()
 
     def prepare(self, state: Mapping[str, object]) -> None:
         """Reserve slots for this state and agree with the other ranks who writes what.
@@ -199,7 +191,7 @@ class Checkpointer:
         """
         self._check_usable()
         check_state(state)
-        if self._sequence:
+        if self._saving.count:
             raise ConfigError("resume comes before the first save of a Checkpointer")
         if not self._link.settle(self.options.settle_timeout_s):
             log.warning(
@@ -212,7 +204,7 @@ class Checkpointer:
         )  # fmt: skip
         resumed = self._resuming.run(request, step)
         if resumed is not None:
-            self._resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
+            self._saving.resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
         try:
             self.prepare(state)
         except LayoutError as error:  # what was restored is restored; the first save raises this
@@ -235,8 +227,9 @@ class Checkpointer:
         Raises:
             CkptdError: why one of them failed, if nobody was told of it yet.
         """
+        self._saving.settle()
         is_done = self._link.wait(timeout_s)
-        self._raise_untold(None)
+        self._saving.raise_untold(None)
         return is_done
 
     def close(self) -> None:
@@ -247,9 +240,10 @@ class Checkpointer:
         """
         if self._is_closed or os.getpid() != self._pid:
             return
+        self._saving.settle()
         self._link.wait(self.options.commit_timeout_s + 60.0)
         self._leave()
-        self._raise_untold(None)
+        self._saving.raise_untold(None)
 
     def __enter__(self) -> Checkpointer:  # noqa: PYI034 - Self is not in Python 3.10
         return self
@@ -265,110 +259,6 @@ class Checkpointer:
             self._leave()
 
     # --- inside --------------------------------------------------------------------------------
-
-    def _snapshot(
-        self, handle: Handle, state: Mapping[str, object], metrics: dict[str, float]
-    ) -> None:
-        flat = self._flat = flatten(
-            state, allow_pickle=self.options.allow_pickle, previous=self._flat
-        )
-        cut, samples = self._cut(flat, handle.sequence)
-        values = msgspec.json.encode(flat.values)
-        if len(values) > say.MAX_VALUES_BYTES:
-            raise ConfigError(
-                f"the values of the state are {len(values)} bytes; at most {say.MAX_VALUES_BYTES} "
-                "travel: keep large arrays as tensors"
-            )
-        failpoints.hit("capture.begin")
-        captured = self._snapshots.capture(
-            cut, flat.leaves, step=handle.step, sequence=handle.sequence,
-            timeout_s=self.options.busy_timeout_s,
-        )  # fmt: skip
-        if captured is None:
-            self._busy(handle)
-            return
-        handle.captured_bytes = captured.bytes
-        try:
-            failpoints.hit("capture.done")
-            self._hand_off(handle, cut, captured, values, samples, metrics)
-        except BaseException:  # not handed off, so nobody else gives the slot back
-            captured.pool.release(captured.slot)
-            raise
-
-    def _cut(self, flat: Flat, sequence: int) -> tuple[Cut, bytes]:
-        """Return what this rank writes in this save, and the samples that go with it."""
-        signature = flat.signature()
-        if self._layout is None or self._layout[0] != signature:
-            self._layout = (signature, layout_of(flat))
-        layout = self._layout[1]
-        samples = None
-        if not self._agreement.is_planned:
-            samples = fingerprint_bytes(flat.leaves)
-        agreed = self._agreement.begin_save(sequence, layout, samples)
-        if agreed is not None:
-            return self._snapshots.cut(layout, agreed.plan, agreed.share), b""
-        if samples is None:
-            samples = fingerprint_bytes(flat.leaves)
-        return self._snapshots.cut(layout, None, whole_share(layout)), samples
-
-    def _hand_off(
-        self, handle: Handle, cut: Cut, captured: Captured, values: bytes, samples: bytes,
-        metrics: dict[str, float],
-    ) -> None:  # fmt: skip
-        previous = self._link.newest or self._resumed_from
-        message = say.Handoff(
-            step=handle.step, sequence=handle.sequence, arena=captured.arena_number,
-            slot=captured.slot.index, generation=captured.generation, recipe=cut.recipe.recipe,
-            values=values, fingerprints=samples, metrics=metrics,
-            previous=str(previous) if previous else None, captured_at=time.time(),
-        )  # fmt: skip
-        self._link.submit(
-            Pending(
-                handle, message, cut.recipe, (captured.arena_number, captured.arena),
-                release=lambda: captured.pool.release(captured.slot),
-            )
-        )  # fmt: skip
-
-    def _busy(self, handle: Handle) -> None:
-        waited = f"no slot got free in {self.options.busy_timeout_s:.0f} s"
-        if self.options.on_busy == "wait":
-            raise SlotsBusyError(
-                f"step {handle.step}: {waited}; the store is slower than the job saves: save less "
-                "often, give more slots or a longer busy_timeout_s, or set on_busy='skip'"
-            )
-        self._forfeit(handle, "skipped", waited)
-        log.warning("step %d skipped: %s", handle.step, waited)
-
-    def _forfeit(self, handle: Handle, state: Literal["failed", "skipped"], reason: str) -> None:
-        message = say.Forfeit(handle.step, handle.sequence, state, reason[:4000])
-        self._link.submit(Pending(handle, message))
-
-    @contextmanager
-    def _forfeiting(self, handle: Handle) -> Iterator[None]:
-        """Tell the other ranks when this one raises instead of delivering."""
-        try:
-            yield
-        except BaseException as error:  # an interrupt too: nobody may wait for this rank
-            is_ours = isinstance(error, CkptdError)
-            self._forfeit(handle, "failed", str(error) if is_ours else repr(error))
-            handle.refuse(error)
-            raise
-
-    def _raise_untold(self, current: Handle | None) -> None:
-        """Raise the first failure of an earlier save that nobody was told of; the next one next."""
-        told: list[Handle] = []
-        found = None
-        for handle in self._handles:
-            if handle is current or not handle.is_done:
-                continue
-            told.append(handle)
-            error = handle.take_untold_error()
-            if error is not None and not isinstance(error, SaveSkippedError):
-                found = error
-                break
-        self._handles = [h for h in self._handles if h not in told or h is self._handles[-1]]
-        if found is not None:
-            raise found
 
     def _load(self, step: int) -> Checkpoint:
         store = open_store(self.options.url, self.options.storage_options)
@@ -388,6 +278,7 @@ class Checkpointer:
             return
         self._is_closed = True
         atexit.unregister(self._at_exit)
+        self._saving.close()
         self._agreement.close()
         self._link.close()
         self._snapshots.close()

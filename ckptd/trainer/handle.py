@@ -37,6 +37,8 @@ class Handle:
         self._error: CkptdError | None = None
         self._is_told = False
         self._done = threading.Event()
+        self._captured = threading.Event()
+        self._captured.set()
 
     def __repr__(self) -> str:
         if not self.is_done:
@@ -48,9 +50,13 @@ class Handle:
         """Tell whether the final word is known."""
         return self._done.is_set()
 
-    def wait_captured(self, timeout_s: float | None = None) -> bool:  # noqa: ARG002 - the signature for overlapped saves
-        """Wait until the state may be changed again. `save` copies before it returns: at once."""
-        return True
+    def wait_captured(self, timeout_s: float | None = None) -> bool:
+        """Wait until the snapshot is copied and handed off; False if not in time.
+
+        Without ``overlap`` that is so when `save` returns. With it, the state may be changed
+        earlier, after `Checkpointer.fence`.
+        """
+        return self._captured.wait(timeout_s)
 
     def result(self, timeout_s: float | None = None) -> Checkpoint:
         """Wait for the commit and return the checkpoint as it stands in the store.
@@ -68,6 +74,14 @@ class Handle:
             self._is_told = True
             raise self._error
         return self._load(self.step)
+
+    def defer(self) -> None:
+        """Let `wait_captured` wait until `captured`."""
+        self._captured.clear()
+
+    def captured(self) -> None:
+        """Note that the copy is over, for good or ill."""
+        self._captured.set()
 
     def resolve(self, error: CkptdError | None) -> None:
         """Set the final word; the first one stands."""
@@ -87,9 +101,9 @@ class Handle:
                 f"later step. It failed because: {self._error}", step=self.step,
             ) from self._error  # fmt: skip
 
-    def refuse(self, error: BaseException) -> None:
-        """Fail: this rank will never deliver, and the caller is being told of it right now."""
-        self._is_told = True
+    def refuse(self, error: BaseException, *, is_told: bool = True) -> None:
+        """Fail: this rank will never deliver; `is_told`: the caller is hearing of it right now."""
+        self._is_told = is_told
         if not isinstance(error, CkptdError):
             error = SaveFailedError(f"step {self.step}: save was left by {error!r}", step=self.step)
         self.resolve(error)

@@ -23,6 +23,7 @@ class Options(NamedTuple):
     commit_timeout_s: float
     meeting_timeout_s: float
     allow_pickle: bool
+    overlap: bool = False
     chunk_bytes: int = 32 * MIB
     plan_timeout_s: float = 10.0
     settle_timeout_s: float = 15.0

@@ -16,6 +16,7 @@ from ckptd.shm.arena import Arena, round_up
 from ckptd.shm.memory import available_bytes, choose_slots
 from ckptd.shm.slots import SLOT_HEADER_BYTES, Slot, SlotPool
 from ckptd.trainer.capture import Destination
+from ckptd.trainer.copies import Deferred
 from ckptd.trainer.flatten import Leaf
 from ckptd.wire.messages import MAX_RECIPES, ChunkPlan, Recipe
 
@@ -31,7 +32,10 @@ class Cut(NamedTuple):
 
 
 class Captured(NamedTuple):
-    """A whole snapshot in a slot of a pool, which gets the slot back once it is durable."""
+    """A snapshot in a slot of a pool, which gets the slot back once it is durable.
+
+    With something `deferred` it is whole only after that was run, and after `finish`.
+    """
 
     arena_number: int
     arena: Arena
@@ -39,6 +43,16 @@ class Captured(NamedTuple):
     slot: Slot
     generation: int
     bytes: int
+    deferred: Deferred | None = None
+
+    def finish(self) -> None:
+        """Mark the snapshot as whole."""
+        self.slot.finish()
+
+    def abandon(self) -> None:
+        """Give the slot back; what is in it is of no use."""
+        self.slot.abandon()
+        self.pool.release(self.slot)
 
 
 @dataclass
@@ -120,9 +134,19 @@ class Snapshots:
                     self._destination(shelf, shelf.arena.slot(index), cut)
 
     def capture(
-        self, cut: Cut, leaves: Sequence[Leaf], *, step: int, sequence: int, timeout_s: float
+        self,
+        cut: Cut,
+        leaves: Sequence[Leaf],
+        *,
+        step: int,
+        sequence: int,
+        timeout_s: float,
+        defers: bool = False,
     ) -> Captured | None:
         """Copy the state into a free slot; None if no slot got free in time.
+
+        With `defers` most of the copy may be left to the caller, who then calls `Captured.finish`
+        when it is done, or `Captured.abandon`.
 
         Raises:
             ConfigError: there is no memory for the slots.
@@ -137,13 +161,20 @@ class Snapshots:
             generation = slot.begin(step, sequence)
             with self._lock:
                 destination = self._destination(shelf, slot, cut)
-            count = destination.copy(leaves)
-            slot.finish()
+            deferred = None
+            if defers:
+                deferred = destination.begin(leaves)
+            else:
+                destination.copy(leaves)
+            if deferred is None:
+                slot.finish()
         except BaseException:
             slot.abandon()
             shelf.pool.release(slot)
             raise
-        return Captured(shelf.number, shelf.arena, shelf.pool, slot, generation, count)
+        return Captured(
+            shelf.number, shelf.arena, shelf.pool, slot, generation, destination.bytes, deferred
+        )
 
     def close(self) -> None:
         """Let go of all slots. Not while a snapshot still has to be handed off."""

@@ -632,7 +632,7 @@ def test_an_interrupt_in_save_fails_that_step_and_frees_its_slot(
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(ckpt, "_hand_off", interrupt)
+            patch.setattr(ckpt._saving, "_hand_off", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 ckpt.save(1, {"w": torch.ones(8)})
         with pytest.raises(SaveFailedError, match="KeyboardInterrupt"):

@@ -1,0 +1,227 @@
+"""Copies of live tensors into a slot: at once, or the larger part of them beside the next step."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ckptd.model.tensor import REPLICATED_KINDS
+from ckptd.trainer.flatten import Leaf
+from ckptd.trainer.guard import Copied, Guard
+from ckptd.trainer.pinning import side_stream
+
+# Above this a copy of its own is as fast, and the memory of a replaced tensor is worth giving back.
+JOIN_BYTES = 256 << 10
+# To defer a copy costs a sample, which takes as long as to copy so much.
+DEFER_BYTES = 32 << 10
+
+
+class Source(NamedTuple):
+    """A leaf by its place, and what of it; `cut` None: the whole tensor."""
+
+    leaf: int
+    cut: tuple[slice, ...] | None
+
+
+class Part(NamedTuple):
+    """A piece: where it comes from, and where it goes; `start` is its first byte in the slot."""
+
+    source: Source
+    place: torch.Tensor
+    start: int
+
+
+class Copies:
+    """The copies of one set of live tensors, ready to run again as long as these stay as they are.
+
+    Small tensors that lie side by side in the slot are concatenated into it as bytes: one call for
+    all of them costs a fraction of a copy each. Views of a tensor that the job gave new memory
+    (``p.data = ...``) would copy the old contents, so addresses are compared before each copy; until
+    then the old memory is kept.
+
+    With `defers`, parameters and optimizer tensors of more than `DEFER_BYTES` are left to `begin`.
+    """
+
+    def __init__(
+        self, slot: memoryview, parts: Sequence[Part], leaves: Sequence[Leaf], *, defers: bool
+    ) -> None:
+        self.defers = defers
+        self._leaves = leaves
+        self._joined: list[torch.Tensor] = []
+        self._addresses: list[int] = []
+        self._runs: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self._now: list[Copied] = []
+        self._late: list[Copied] = []
+        self._cuts: list[tuple[torch.Tensor, int, tuple[int, ...]]] = []
+        for run in _runs(parts, leaves, DEFER_BYTES if defers else JOIN_BYTES):
+            if len(run) > 1:
+                self._join(slot, run)
+            else:
+                self._add(run[0])
+
+    def holds(self, leaves: Sequence[Leaf]) -> bool:
+        """Tell whether these are the same tensors in the same memory."""
+        return (
+            leaves is self._leaves
+            and list(map(torch.Tensor.data_ptr, self._joined)) == self._addresses
+            and all(map(torch.Tensor.is_contiguous, self._joined))
+            and all(
+                t.data_ptr() == start and t.stride() == stride for t, start, stride in self._cuts
+            )
+        )
+
+    def run(self) -> None:
+        """Run all copies; on return the tensors may be changed."""
+        self._run_now()
+        _copy(self._late)
+
+    def begin(self) -> Deferred | None:
+        """Run the copies that cannot wait; the rest, None if there is none, is for `Deferred.run`."""
+        if not self._late:
+            self._run_now()
+            return None
+        # What a tensor is now: the job may give it other memory (``p.data = ...``) meanwhile.
+        deferred = Deferred([c._replace(source=c.source.detach()) for c in self._late])
+        self._run_now()
+        return deferred
+
+    def _run_now(self) -> None:
+        for run, sources in self._runs:
+            torch.cat(sources, out=run)
+        _copy(self._now)
+
+    def _join(self, slot: memoryview, run: Sequence[Part]) -> None:
+        tensors = [self._leaves[part.source.leaf].tensor for part in run]
+        size = run[-1].start + run[-1].place.nbytes - run[0].start
+        whole = torch.frombuffer(slot, dtype=torch.uint8, count=size, offset=run[0].start)
+        self._joined += tensors
+        self._addresses += [tensor.data_ptr() for tensor in tensors]
+        self._runs.append((whole, [tensor.view(-1).view(torch.uint8) for tensor in tensors]))
+
+    def _add(self, part: Part) -> None:
+        leaf = self._leaves[part.source.leaf]
+        tensor, cut = leaf.tensor.detach(), part.source.cut
+        source = leaf.tensor if cut is None else tensor[cut]
+        if cut is not None:
+            self._cuts.append((leaf.tensor, tensor.data_ptr(), tensor.stride()))
+        is_late = self.defers and leaf.kind in REPLICATED_KINDS and not _is_lazy(tensor)
+        copies = self._late if is_late and part.place.nbytes > DEFER_BYTES else self._now
+        copies.append(Copied(leaf.fqn, source, part.place))
+
+
+class Deferred:
+    """Copies that go on while the job does, until it changes what they read.
+
+    The thread that trains makes it and calls `wait` before it changes anything; one other thread
+    calls `run`, and `changed` after it.
+    """
+
+    def __init__(self, copies: Sequence[Copied]) -> None:
+        """Sample the tensors, and start the copies that a GPU does by itself."""
+        self._guard = Guard(copies)
+        self._is_over = threading.Event()
+        self._rest: list[tuple[torch.cuda.Event | None, list[Copied]]] = []
+        self._events: list[torch.cuda.Event] = []
+        by_device: dict[torch.device, list[Copied]] = {}
+        for copied in copies:
+            by_device.setdefault(copied.source.device, []).append(copied)
+        for device, group in by_device.items():
+            if device.type != "cuda":
+                self._rest.append((None, group))
+            elif group[0].place.is_pinned():
+                self._events.append(_start(device, group))
+            else:
+                self._rest.append((torch.cuda.current_stream(device).record_event(), group))
+
+    def run(self) -> None:
+        """Do the copies, or wait until they are done; whatever happens, `wait` waits no longer."""
+        try:
+            for ready, group in self._rest:
+                if ready is None:
+                    _copy(group)
+                else:
+                    _copy_after(ready, group)
+            for event in self._events:
+                event.synchronize()
+        finally:
+            self._is_over.set()
+
+    def wait(self) -> None:
+        """Make what this thread does next come after the copies.
+
+        Work that a GPU has yet to do waits there, and this returns at once.
+        """
+        for event in self._events:
+            torch.cuda.current_stream(event.device).wait_event(event)
+        if self._rest:
+            self._is_over.wait()
+
+    def changed(self) -> list[str]:
+        """Return the names of tensors that were changed before they were copied; see `Guard`."""
+        return self._guard.changed()
+
+
+def _copy(copies: Sequence[Copied]) -> None:
+    """Copy; on return everything is there. From page-locked memory the copies overlap each other."""
+    if not copies:
+        return
+    places, sources = [c.place for c in copies], [c.source for c in copies]
+    devices = {source.device for source in sources if source.device.type == "cuda"}
+    torch._foreach_copy_(places, sources, non_blocking=bool(devices))
+    for device in devices:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _start(device: torch.device, group: Sequence[Copied]) -> torch.cuda.Event:
+    """Start copies from a GPU beside its work; the event is over when they are."""
+    stream = side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        torch._foreach_copy_(
+            [c.place for c in group], [c.source for c in group], non_blocking=True
+        )  # fmt: skip
+        event: torch.cuda.Event = stream.record_event()
+        return event
+
+
+def _copy_after(ready: torch.cuda.Event, group: Sequence[Copied]) -> None:
+    """Copy from a GPU into memory that is not page-locked, which this thread waits for."""
+    stream = side_stream(group[0].source.device)
+    stream.wait_event(ready)
+    with torch.cuda.stream(stream):
+        _copy(group)
+
+
+def _runs(
+    parts: Sequence[Part], leaves: Sequence[Leaf], join_bytes: int
+) -> Iterator[list[Part]]:  # fmt: skip
+    """Yield the parts in order, those together that can be concatenated."""
+    run: list[Part] = []
+    end = -1
+    for part in parts:
+        tensor = leaves[part.source.leaf].tensor
+        is_plain = part.source.cut is None and _is_plain(tensor, join_bytes)
+        if run and not (is_plain and part.start == end):
+            yield run
+            run = []
+        run.append(part)
+        end = part.start + part.place.nbytes if is_plain else -1
+    if run:
+        yield run
+
+
+def _is_plain(tensor: torch.Tensor, join_bytes: int) -> bool:
+    """Tell whether the bytes of a small tensor are, in order, what is stored."""
+    return (
+        tensor.nbytes <= join_bytes
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not _is_lazy(tensor)
+    )
+
+
+def _is_lazy(tensor: torch.Tensor) -> bool:
+    return tensor.is_conj() or tensor.is_neg()
