@@ -1,22 +1,18 @@
-"""How commands talk: tables for people, one JSON document for programs, progress on stderr."""
+"""How commands talk: tables for people, one JSON document for programs."""
 
 from __future__ import annotations
 
 import io
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import msgspec
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 # Output that nobody sees on a screen is never folded or cut: tools downstream want whole lines.
 _PIPED_COLUMNS = 100_000
-_QUIET_S = 2.0
 _HALF_A_YEAR_S = 182 * 86400
 
 
@@ -60,30 +56,6 @@ def plain(text: str) -> str:
 def print_json(document: object) -> None:
     """Write one JSON document to stdout; numbers that JSON does not know become null."""
     sys.stdout.write(msgspec.json.format(msgspec.json.encode(document), indent=2).decode() + "\n")
-
-
-@contextmanager
-def progress_bar(label: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a callback (bytes done, bytes in all) that shows a bar on stderr.
-
-    Nothing is shown for work of under two seconds, nor where stderr is not a terminal.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    screen = Console(stderr=True)
-    bar = Progress(*columns, TimeRemainingColumn(), console=screen, transient=True)
-    task = bar.add_task(label, total=None)
-    begin_s = time.monotonic()
-
-    def report(done_bytes: int, total_bytes: int) -> None:
-        bar.update(task, completed=done_bytes, total=total_bytes)
-        if screen.is_terminal and time.monotonic() - begin_s > _QUIET_S:
-            bar.start()  # again and again is fine
-
-    try:
-        yield report
-    finally:
-        if bar.live.is_started:  # an unstarted bar's stop writes an empty line
-            bar.stop()
 
 
 def format_time(seconds: float, now_s: float) -> str:

@@ -7,11 +7,12 @@ from typing import Annotated
 import msgspec
 import typer
 
-from ckptd.cli.console import add_row, new_table, plain, print_json, progress_bar, show
+from ckptd.bars import progress_bar
+from ckptd.cli.console import add_row, new_table, plain, print_json, show
 from ckptd.cli.source import Src, Step, find_commit, open_source
 from ckptd.errors import ConfigError, CorruptError
+from ckptd.pipeline.threads import usable_cores
 from ckptd.pipeline.verify import Damage, VerifyReport, verify, verify_all
-from ckptd.pipeline.write import default_workers
 from ckptd.units import format_bytes
 
 
@@ -29,7 +30,7 @@ def command(
     if is_all and step is not None:
         raise ConfigError("--all and --step exclude each other")
     with open_source(src) as store, progress_bar("verifying") as progress:
-        threads = default_workers()
+        threads = usable_cores()
         if is_all:
             reports = list(verify_all(store, is_data=is_data, threads=threads, progress=progress))
         else:

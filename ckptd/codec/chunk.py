@@ -33,7 +33,7 @@ import numpy as np
 import xxhash
 
 from ckptd.codec.blocks import BLOCK_BYTES, RAW, BlockDecoder, BlockEncoder, Mode, allowed_codecs
-from ckptd.codec.buffers import Buffer, as_bytes
+from ckptd.codec.buffers import Buffer, Bytes, as_bytes
 from ckptd.codec.native import NATIVE, Native
 from ckptd.errors import CorruptError
 from ckptd.model import dtypes
@@ -212,6 +212,20 @@ class Decoder:
 
     def __init__(self, native: Native | None = NATIVE) -> None:
         self._blocks = BlockDecoder(native)
+
+    def view_block(self, header: Header, index: int, stored: Buffer, room: Bytes) -> Bytes:
+        """Return a block's raw bytes, checked: `stored` itself if they are raw, else in `room`.
+
+        Raises:
+            CorruptError: as `decode_block`.
+        """
+        block = header.blocks[index]
+        if block.codec != RAW:
+            self.decode_block(header, index, stored, room.data)
+            return room
+        if len(stored) != block.stored_bytes or xxhash.xxh3_128_digest(stored) != block.digest:
+            raise CorruptError(f"chunk {header.hash}, block {index}: the hash does not match")
+        return as_bytes(stored)
 
     def decode_block(self, header: Header, index: int, stored: Buffer, out: memoryview) -> None:
         """Decode one block and check it against its digest.

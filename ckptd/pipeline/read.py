@@ -3,144 +3,279 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ckptd.codec.blocks import BLOCK_BYTES
-from ckptd.codec.chunk import Decoder, Header, block_count, header_bytes, read_header, stored_bound
+from ckptd.codec.buffers import Bytes
+from ckptd.codec.chunk import (
+    Block,
+    Decoder,
+    Header,
+    block_count,
+    header_bytes,
+    read_header,
+    stored_bound,
+)
 from ckptd.errors import CorruptError, ObjectNotFoundError, StoreError, UnsupportedFormatError
 from ckptd.model.manifest import Chunk
 from ckptd.plan.reading import ChunkRead, Region
 from ckptd.store.base import Store
+from ckptd.units import MIB
 
 Sink = Callable[[Region, memoryview], None]
+Put = Callable[[int, Bytes], None]
+"""Takes verified bytes of a region, from that byte of its box (row-major) on; keeps no view."""
+Place = Callable[[Region], Put | None]
+Progress = Callable[[int, int], None]
+"""Told of bytes done and bytes in all, by any thread."""
 
-BUDGET_BYTES = 256 << 20
+BUDGET_BYTES = 256 * MIB
+# Fetched in one request: large enough for a disk, small enough to stay in a processor's last cache
+# until it is decoded.
+WINDOW_BYTES = 8 * MIB
+
+
+def plain_buffer(count: int) -> Bytes:
+    """Return new memory."""
+    return np.empty(count, np.uint8)
 
 
 class Loader:
-    """Brings verified blocks of one chunk at a time into a staging buffer of its own.
+    """Brings verified blocks of one chunk at a time into memory of its own.
 
-    For one thread. The staging buffer grows to the largest chunk that it met (at most
-    `MAX_CHUNK_BYTES`) and is reused, since fresh memory costs far more than the copy.
+    For one thread. It keeps a window of fetched bytes and one block, since fresh memory costs far
+    more than a copy; `make_buffer` makes both, for memory of a special kind.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        window_bytes: int = WINDOW_BYTES,
+        make_buffer: Callable[[int], Bytes] = plain_buffer,
+    ) -> None:
         self._store = store
         self._decoder = Decoder()
-        self._staging: npt.NDArray[np.uint8] = np.empty(0, np.uint8)
+        self._window = make_buffer(max(window_bytes, header_bytes(1 << 26) + BLOCK_BYTES))
+        self._block = make_buffer(BLOCK_BYTES)
+        self._held = range(0)  # which bytes of the chunk are in the window
 
-    def load(self, chunk: Chunk, blocks: Sequence[int] | None = None) -> npt.NDArray[np.uint8]:
-        """Return the chunk's raw bytes, of which only `blocks` (None: all) are filled in.
+    def blocks(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[_Block]:
+        """Yield the blocks `wanted` (rising; None: all), each checked before.
 
-        The array belongs to this object and holds until the next call. Each block was checked
-        against the header, and the header against the chunk's name. What fails a check is fetched
-        once more before it counts as damage: a bit may have flipped on the way.
+        Each was checked against the header, and the header against the chunk's name. What fails a
+        check is fetched once more before it counts as damage: a bit may have flipped on the way.
+        The bytes hold until the next block is asked for.
 
         Raises:
             CorruptError: the object is missing, of another length, or not what its name says.
-            UnsupportedFormatError: a newer version wrote it.
             StoreError: the store did not answer.
         """
-        count = block_count(chunk.raw_bytes)
-        wanted = range(count) if blocks is None else blocks
+        wanted = range(block_count(chunk.raw_bytes)) if wanted is None else wanted
+        with _damage_of(chunk):
+            if chunk.stored_bytes > stored_bound(chunk.raw_bytes):
+                raise CorruptError("a chunk that is longer than any coding of it")
+            self._held = range(0)
+            header = self._header(chunk, is_first_wanted=0 in wanted[:1])
+        for place, number in enumerate(wanted):
+            with _damage_of(chunk):
+                raw = self._decode(chunk, header, wanted[place:])
+            yield _Block(number * BLOCK_BYTES, raw)
+
+    def _header(self, chunk: Chunk, *, is_first_wanted: bool) -> Header:
+        """Fetch the header, and what follows it if that is wanted too."""
+        size = header_bytes(chunk.raw_bytes)
+        most = min(chunk.stored_bytes, len(self._window)) if is_first_wanted else size
         try:
-            return self._load_once(chunk, wanted, count)
+            return self._read_header(chunk, max(size, most))
         except (CorruptError, UnsupportedFormatError):
-            return self._load_once(chunk, wanted, count)
+            return self._read_header(chunk, max(size, most))
 
-    def _load_once(self, chunk: Chunk, blocks: Sequence[int], count: int) -> npt.NDArray[np.uint8]:
-        key = chunk.id.key
-        if chunk.stored_bytes > stored_bound(chunk.raw_bytes):  # before memory is asked for
-            raise CorruptError("a chunk that is longer than any coding of it", key=key)
-        if len(self._staging) < chunk.raw_bytes:
-            self._staging = np.empty(chunk.raw_bytes, np.uint8)
-        staging = self._staging[: chunk.raw_bytes]
-        try:
-            header, stored = self._fetch(chunk, blocks, is_whole=2 * len(blocks) >= count)
-            for i in blocks:
-                out = staging[i * BLOCK_BYTES : (i + 1) * BLOCK_BYTES]
-                self._decoder.decode_block(header, i, stored[i], out.data)
-        except ObjectNotFoundError:
-            raise CorruptError("a chunk is missing", key=key) from None
-        except StoreError as error:
-            if type(error) is StoreError:  # the base class says: the object has another length
-                raise CorruptError("a chunk of another length", key=key) from None
-            raise
-        except CorruptError as error:
-            raise error if error.key else CorruptError(str(error), key=key) from None
-        return staging
+    def _read_header(self, chunk: Chunk, count: int) -> Header:
+        self._fetch(chunk, 0, count)
+        header = read_header(
+            self._window[:count].data,
+            hash=chunk.hash, dtype=chunk.dtype, raw_bytes=chunk.raw_bytes,
+        )  # fmt: skip
+        if header.stored_bytes != chunk.stored_bytes:
+            raise CorruptError(f"{header.stored_bytes} bytes in place of {chunk.stored_bytes}")
+        return header
 
-    def _fetch(
-        self, chunk: Chunk, blocks: Sequence[int], *, is_whole: bool
-    ) -> tuple[Header, dict[int, memoryview]]:
-        """Get the header and the stored blocks: in one request if most of the chunk is wanted."""
-        key, size = chunk.id.key, header_bytes(chunk.raw_bytes)
-        if is_whole:
-            data = memoryview(self._store.get(key, max_bytes=chunk.stored_bytes))
-            header = _header(chunk, data[:size])
-            if len(data) != chunk.stored_bytes:
-                raise CorruptError(f"{len(data)} bytes in place of {chunk.stored_bytes}", key=key)
-            return header, {
-                i: data[header.blocks[i].stored_offset :][: header.blocks[i].stored_bytes]
-                for i in blocks
-            }
-        (head,) = self._store.get_ranges(key, [(0, size)])
-        header = _header(chunk, memoryview(head))
-        ranges = [(header.blocks[i].stored_offset, header.blocks[i].stored_bytes) for i in blocks]
-        found = self._store.get_ranges(key, ranges)
-        return header, {i: memoryview(data) for i, data in zip(blocks, found, strict=True)}
+    def _decode(self, chunk: Chunk, header: Header, wanted: Sequence[int]) -> Bytes:
+        """Return the first of the wanted blocks; those that adjoin it are fetched with it."""
+        number = wanted[0]
+        block = header.blocks[number]
+        end = block.stored_offset + block.stored_bytes
+        out = self._block[: header.block_raw_bytes(number)]
+        if block.stored_offset in self._held and end <= self._held.stop:
+            try:
+                return self._decoder.view_block(header, number, self._fetched(block, end), out)
+            except CorruptError:
+                pass
+        self._fetch(chunk, block.stored_offset, self._run_bytes(header, wanted))
+        return self._decoder.view_block(header, number, self._fetched(block, end), out)
+
+    def _fetched(self, block: Block, end: int) -> memoryview:
+        begin = self._held.start
+        return self._window[block.stored_offset - begin : end - begin].data
+
+    def _run_bytes(self, header: Header, wanted: Sequence[int]) -> int:
+        """Return the stored bytes of the first wanted blocks that adjoin and fit into the window."""
+        begin = header.blocks[wanted[0]].stored_offset
+        count = 0
+        for place, number in enumerate(wanted):
+            block = header.blocks[number]
+            end = block.stored_offset + block.stored_bytes - begin
+            if number != wanted[0] + place or end > len(self._window):
+                break
+            count = end
+        return count
+
+    def _fetch(self, chunk: Chunk, offset: int, count: int) -> None:
+        self._held = range(0)
+        found = self._store.read_into(chunk.id.key, offset, self._window[:count].data)
+        if found != chunk.stored_bytes:
+            raise CorruptError(f"{found} bytes in place of {chunk.stored_bytes}")
+        self._held = range(offset, offset + count)
 
 
-def read_chunks(
+class _Block(NamedTuple):
+    """Raw bytes of a chunk from `start` on."""
+
+    start: int
+    raw: Bytes
+
+
+@contextmanager
+def _damage_of(chunk: Chunk) -> Iterator[None]:
+    """Name the chunk in what is raised, and take what the store says of it for what it means."""
+    key = chunk.id.key
+    try:
+        yield
+    except ObjectNotFoundError:
+        raise CorruptError("a chunk is missing", key=key) from None
+    except StoreError as error:
+        if type(error) is StoreError:  # the base class says: the object has another length
+            raise CorruptError("a chunk of another length", key=key) from None
+        raise
+    except CorruptError as error:
+        raise error if error.key else CorruptError(str(error), key=key) from None
+
+
+def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how much
     store: Store,
     reads: Sequence[ChunkRead],
     sink: Sink,
     *,
+    place: Place = lambda _region: None,
     threads: int = 2,
     budget_bytes: int = BUDGET_BYTES,
+    make_buffer: Callable[[int], Bytes] = plain_buffer,
+    progress: Progress = lambda _done, _all: None,
 ) -> None:
-    """Read chunks and give `sink` the verified bytes of each region.
+    """Read chunks and hand out the verified bytes of each region.
 
-    `sink` is called from up to `threads` threads at once, with the row-major bytes of the region's
-    box; the view is valid only during the call. No byte reaches it before its block was verified.
-    Staging and fetched bytes stay within `budget_bytes` as far as one chunk at a time allows:
-    fewer threads run where chunks are large. The first failure stops the rest; all threads have
-    ended on return.
+    Where a region lies in its chunk without gaps and `place` gives a `Put` for it, that takes its
+    bytes block by block; else `sink` gets them at once, with the whole chunk in memory. Both are called from up to `threads` threads, with
+    views that are valid only during the call, and with no byte whose block was not verified.
+    Fetched and staged bytes stay within `budget_bytes` as far as one thread allows. The first
+    failure stops the rest; all threads have ended on return.
 
     Raises:
-        CorruptError: a chunk is missing or damaged; `key` names it. Other chunks may have reached
-            the sink.
-        UnsupportedFormatError: a newer version wrote a chunk.
+        CorruptError: a chunk is missing or damaged; `key` names it. Other blocks may have been
+            handed out.
         StoreError: the store did not answer.
-        Exception: what the sink raised.
+        Exception: what `sink` or a `Put` raised.
     """
     if not reads:
         return
-    largest = max(read.chunk.raw_bytes + read.chunk.stored_bytes for read in reads)
-    workers = max(1, min(threads, len(reads), budget_bytes // largest))
+    puts = [[place(r) if _has_no_gaps(r) else None for r in read.regions] for read in reads]
+    staged = [
+        read.chunk.raw_bytes for read, row in zip(reads, puts, strict=True) if None in row
+    ]  # fmt: skip
+    each_bytes = WINDOW_BYTES + BLOCK_BYTES + max(staged, default=0)
+    workers = max(1, min(threads, len(reads), budget_bytes // each_bytes))
+    tally = _Tally(sum(map(_needed_bytes, reads)), progress)
     local = threading.local()
     stop = threading.Event()
 
-    def work(read: ChunkRead) -> None:
+    def work(read: ChunkRead, row: Sequence[Put | None]) -> None:
         if stop.is_set():
             return
         try:
-            if not hasattr(local, "loader"):
-                local.loader = Loader(store)
-            _deliver(local.loader, read, sink)
+            if not hasattr(local, "delivery"):
+                local.delivery = _Delivery(Loader(store, make_buffer=make_buffer), sink)
+            local.delivery.run(read, row, tally)
         except BaseException:
             stop.set()  # at once: the caller may wake up many chunks later
             raise
 
     with ThreadPoolExecutor(workers, thread_name_prefix="ckptd-read") as pool:
         try:
-            _first_failure([pool.submit(work, read) for read in reads])
+            _first_failure([pool.submit(work, *row) for row in zip(reads, puts, strict=True)])
         finally:
             stop.set()
+
+
+class _Delivery:
+    """Hands out chunks, one after the other, on one thread."""
+
+    def __init__(self, loader: Loader, sink: Sink) -> None:
+        self._loader = loader
+        self._sink = sink
+        self._staging: Bytes = np.empty(0, np.uint8)
+
+    def run(self, read: ChunkRead, puts: Sequence[Put | None], tally: _Tally) -> None:
+        """Deliver all regions of a chunk."""
+        staging = self._staging_for(read.chunk) if None in puts else None
+        rows = sorted(
+            ((*region.span(), put) for region, put in zip(read.regions, puts, strict=True) if put),
+            key=lambda row: row[:2],
+        )
+        first = 0
+        for start, raw in self._loader.blocks(read.chunk, needed_blocks(read)):
+            stop = start + len(raw)
+            if staging is not None:
+                np.copyto(staging[start:stop], raw)
+            while first < len(rows) and rows[first][1] <= start:
+                first += 1
+            for begin, end, put in rows[first:]:
+                if begin >= stop:
+                    break
+                if end > start:
+                    put(max(start - begin, 0), raw[max(begin - start, 0) : end - start])
+            tally.add(len(raw))
+        if staging is not None:
+            whole = [r for r, put in zip(read.regions, puts, strict=True) if put is None]
+            for region in whole:
+                with region_bytes(staging, region) as part:
+                    self._sink(region, part)
+
+    def _staging_for(self, chunk: Chunk) -> Bytes:
+        if len(self._staging) < chunk.raw_bytes:
+            self._staging = np.empty(chunk.raw_bytes, np.uint8)
+        return self._staging[: chunk.raw_bytes]
+
+
+class _Tally:
+    """Adds up what several threads have done."""
+
+    def __init__(self, total_bytes: int, progress: Progress) -> None:
+        self._total_bytes = total_bytes
+        self._progress = progress
+        self._done_bytes = 0
+        self._lock = threading.Lock()  # guards _done_bytes, and keeps reports in order
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done_bytes += count
+            self._progress(self._done_bytes, self._total_bytes)
 
 
 def region_bytes(staging: npt.NDArray[np.uint8], region: Region) -> memoryview:
@@ -157,6 +292,12 @@ def region_bytes(staging: npt.NDArray[np.uint8], region: Region) -> memoryview:
     return part.reshape(-1).view(np.uint8).data
 
 
+def _has_no_gaps(region: Region) -> bool:
+    """Tell whether a region's bytes lie in the chunk in one piece."""
+    start, stop = region.span()
+    return stop - start == region.box.volume * region.itemsize
+
+
 def needed_blocks(read: ChunkRead) -> list[int]:
     """Return the numbers of the blocks that hold the wanted spans, in order."""
     return sorted(
@@ -168,11 +309,9 @@ def needed_blocks(read: ChunkRead) -> list[int]:
     )
 
 
-def _deliver(loader: Loader, read: ChunkRead, sink: Sink) -> None:
-    staging = loader.load(read.chunk, needed_blocks(read))
-    for region in read.regions:
-        with region_bytes(staging, region) as raw:
-            sink(region, raw)
+def _needed_bytes(read: ChunkRead) -> int:
+    size = read.chunk.raw_bytes
+    return sum(min(BLOCK_BYTES, size - i * BLOCK_BYTES) for i in needed_blocks(read))
 
 
 def _first_failure(futures: list[Future[None]]) -> None:
@@ -181,10 +320,6 @@ def _first_failure(futures: list[Future[None]]) -> None:
         future.cancel()
     for future in done:
         future.result()
-
-
-def _header(chunk: Chunk, head: memoryview) -> Header:
-    return read_header(head, hash=chunk.hash, dtype=chunk.dtype, raw_bytes=chunk.raw_bytes)
 
 
 def _word(itemsize: int) -> np.dtype[np.void] | np.dtype[np.uint8]:

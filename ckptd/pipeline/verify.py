@@ -183,7 +183,8 @@ class _Check:
             return f"{stored_bytes} bytes in place of {chunk.stored_bytes}"
         if self._is_data:
             try:
-                loader.load(chunk)
+                for _ in loader.blocks(chunk):
+                    pass
             except (CorruptError, UnsupportedFormatError) as error:
                 return _what(error)
         return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -16,12 +15,13 @@ from ckptd.model.keys import ChunkId, StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
 from ckptd.pipeline.buffers import BufferPool
 from ckptd.pipeline.pace import Pace
-from ckptd.pipeline.threads import submit
+from ckptd.pipeline.threads import submit, usable_cores
 from ckptd.store.base import Store
 
 Compression = Literal["auto", "zstd", "none"]
 
 PUTS = 4
+MAX_CODERS = 4
 BUDGET_BYTES = 4 * (33 << 20)
 """Four chunks of the usual size: two that are coded while two are stored."""
 
@@ -146,10 +146,13 @@ class _Ready(NamedTuple):
 
 
 def default_workers() -> int:
-    """Return how many cores this process may use: the affinity, not what the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
+    """Return how many threads code: half the cores, and four at most.
+
+    One codes faster than most disks store. Where training keeps all cores busy, two on two cores
+    cost it half as much again as one, since each time that one of them runs the training threads
+    wait for each other, and the checkpoint was durable no sooner.
+    """
+    return max(1, min(MAX_CODERS, usable_cores() // 2))
 
 
 def _results(coding: list[Future[Future[Chunk]]], stop: threading.Event) -> list[Chunk]:
@@ -168,6 +171,7 @@ def _stored_bytes(store: Store, chunk: ChunkId, dtype: str, raw_bytes: int) -> i
     It has our content, but may have been coded in another way; its header says how long it is.
     """
     size = header_bytes(raw_bytes)
-    (head,) = store.get_ranges(chunk.key, [(0, size)])
+    head = bytearray(size)
+    store.read_into(chunk.key, 0, memoryview(head))
     header = read_header(head, hash=chunk.hash, dtype=dtype, raw_bytes=raw_bytes)
     return size + sum(block.stored_bytes for block in header.blocks)

@@ -155,17 +155,23 @@ class _Sources:
             if rows is None or not rest:
                 break
             piece_box = rows.at(row)
+            if piece_box == want.box and rest == [want.box]:  # nearly always
+                yield *self._where(rows, row), piece_box, [want.box]
+                return
             parts = [common for box in rest if (common := box.intersect(piece_box))]
             if not parts:
                 continue
             rest = [left for box in rest for left in box.subtract(piece_box)]
-            manifest = self._manifests[int(rows.owner[row])]
-            item = int(rows.item[row])
-            chunk = manifest.chunks[int(numbers(manifest.pieces.chunk)[item])]
-            yield chunk, int(numbers(manifest.pieces.offset)[item]), piece_box, parts
+            yield *self._where(rows, row), piece_box, parts
         if rest:
             message = f"box {rest[0]} of {want.fqn} is in none of {len(self._manifests)} manifests"
             raise LayoutError(message, fqn=want.fqn)
+
+    def _where(self, rows: Rows, row: int) -> tuple[Chunk, int]:
+        """Return the chunk of a piece, and the piece's offset in it."""
+        manifest, item = self._manifests[int(rows.owner[row])], int(rows.item[row])
+        chunk = manifest.chunks[int(numbers(manifest.pieces.chunk)[item])]
+        return chunk, int(numbers(manifest.pieces.offset)[item])
 
 
 def _may_meet(rows: Rows, wanted: Sequence[Wanted], places: Sequence[int]) -> Ints:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
+
+from ckptd.errors import StoreError
 
 Buffer = bytes | bytearray | memoryview
 
@@ -66,12 +68,12 @@ class Store(Protocol):
             StoreAccessDeniedError, StoreUnavailableError: the store did not answer that.
         """
 
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Return ``(offset, length)`` ranges of an object, in order, each of exactly its length.
+    def read_into(self, key: str, offset: int, out: memoryview) -> int:
+        """Fill `out` with an object's bytes from `offset` on; return the length of the whole object.
 
         Raises:
             ObjectNotFoundError: the store answered that there is none.
-            StoreError: a range leaves the object.
+            StoreError: that range leaves the object; what is in `out` must not be used.
             StoreAccessDeniedError, StoreUnavailableError: the store did not answer that.
         """
 
@@ -96,3 +98,13 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Release connections and descriptors. May be repeated."""
+
+
+def check_range(key: str, offset: int, length: int, size: int) -> None:
+    """Check that a range lies in an object of `size` bytes.
+
+    Raises:
+        StoreError: it does not.
+    """
+    if offset < 0 or offset + length > size:
+        raise StoreError(key, f"range {offset}+{length} leaves its {size} bytes")

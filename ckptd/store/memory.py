@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from ckptd.errors import ObjectExistsError, ObjectNotFoundError, StoreError
 from ckptd.model import keys
-from ckptd.store.base import Buffer, Entry
+from ckptd.store.base import Buffer, Entry, check_range
 from ckptd.store.walk import check_prefix
 
 _shared: dict[str, MemoryStore] = {}
@@ -57,13 +57,12 @@ class MemoryStore:
             raise StoreError(key, f"{len(data)} bytes, more than the {max_bytes} allowed")
         return data
 
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        """See `Store.get_ranges`."""
+    def read_into(self, key: str, offset: int, out: memoryview) -> int:
+        """See `Store.read_into`."""
         data = self._find(key)
-        for offset, length in ranges:
-            if offset < 0 or length < 0 or offset + length > len(data):
-                raise StoreError(key, f"range {offset}+{length} leaves its {len(data)} bytes")
-        return [data[offset : offset + length] for offset, length in ranges]
+        check_range(key, offset, len(out), len(data))
+        out[:] = data[offset : offset + len(out)]
+        return len(data)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         """See `Store.list`."""

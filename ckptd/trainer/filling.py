@@ -6,22 +6,27 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from ckptd.bars import progress_bar
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest, Tree
 from ckptd.pipeline.catalog import read_manifest, read_rank, read_ranks
-from ckptd.pipeline.read import read_chunks
-from ckptd.pipeline.write import default_workers
+from ckptd.pipeline.read import Put, plain_buffer, read_chunks
+from ckptd.pipeline.threads import usable_cores
 from ckptd.plan.reading import ChunkRead, Region, Wanted, plan_reads
 from ckptd.store.base import Store
 from ckptd.trainer import rng
+from ckptd.trainer.pinning import pinned_buffer
 from ckptd.trainer.rebuild import RestorePlan, Restorer
 from ckptd.trainer.rng import RNGState
 from ckptd.trainer.stored import MapLocation, Rename
 from ckptd.trainer.values import PerRank
 
 log = logging.getLogger("ckptd.trainer")
+
+# Twice the cores, since half of the threads wait for the store; a node may have many ranks.
+MAX_READERS = 8
 
 
 class Resumed(NamedTuple):
@@ -100,10 +105,18 @@ class Filling:
         plan = self._plan
         assert plan is not None
 
+        def place(region: Region) -> Put | None:
+            return plan.place(region.wanted, region.box)
+
         def sink(region: Region, raw: memoryview) -> None:
             plan.write(region.wanted, region.box, raw)
 
-        read_chunks(self._store, self._reads, sink, threads=default_workers())
+        make_buffer = pinned_buffer if plan.is_on_cuda else plain_buffer
+        with progress_bar("restoring", is_shown=self._request.rank == 0) as progress:
+            read_chunks(
+                self._store, self._reads, sink, place=place, threads=min(MAX_READERS, 2 * usable_cores()),
+                make_buffer=make_buffer, progress=progress,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Give optimizers, schedulers, values and generators their state."""

@@ -6,6 +6,8 @@ import functools
 import logging
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 log = logging.getLogger("ckptd.trainer")
@@ -34,6 +36,11 @@ def unpin(address: int) -> None:
 
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def pinned_buffer(count: int) -> npt.NDArray[np.uint8]:
+    """Return new page-locked memory."""
+    return torch.empty(count, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 @functools.lru_cache(maxsize=None)  # noqa: UP033 - says that it is a cache, per device

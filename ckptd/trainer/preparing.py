@@ -41,9 +41,10 @@ class Preparation:
         self.join()
         flat = flatten(state, allow_pickle=self._options.allow_pickle)
         layout = predicted_layout(state, flat)
-        known = dict(
-            zip((leaf.fqn for leaf in flat.leaves), fingerprints(flat.leaves), strict=True)
-        )
+        known: dict[str, int] = {}
+        if not self._agreement.is_planned:  # one rank has nobody to compare itself with
+            names = (leaf.fqn for leaf in flat.leaves)
+            known = dict(zip(names, fingerprints(flat.leaves), strict=True))
         rows = [known.get(held.tensor.fqn, 0) for held in layout.held]
         self._agreement.prepare(layout, np.array(rows, "<u8").tobytes())
         self._thread = threading.Thread(

@@ -39,7 +39,7 @@ from ckptd.trainer.stored import (
     check_optimizer,
 )
 from ckptd.trainer.tags import BAD_BODY
-from ckptd.trainer.targets import Target, Targets, write_box
+from ckptd.trainer.targets import Put, Target, Targets, put_of, write_box
 from ckptd.trainer.values import MAX_DEPTH, PerRank, decode_value, tensor_names
 
 
@@ -164,6 +164,18 @@ class RestorePlan:
             ValueError: the box is not in the tensor, or `raw` is not its bytes.
         """
         write_box(self._targets.rows[i].tensor, box, raw)
+
+    def place(self, i: int, box: Box) -> Put | None:
+        """Return what takes the bytes of a box of target `i` in parts; None: `write` takes them whole.
+
+        The same rules as for `write`.
+        """
+        return put_of(self._targets.rows[i].tensor, box)
+
+    @property
+    def is_on_cuda(self) -> bool:
+        """Whether some target lies on a GPU."""
+        return any(target.tensor.is_cuda for target in self.targets)
 
     # --- comparing -------------------------------------------------------------------------
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ckptd.errors import LayoutError, ShapeMismatchError
@@ -17,6 +19,9 @@ from ckptd.model.tensor import Tensor
 from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
 from ckptd.trainer.values import tensor_names
 from ckptd.trainer.wrappers import check_tensor
+
+Put = Callable[[int, npt.NDArray[np.uint8]], None]
+"""Takes raw bytes from a place on; see `put_of`."""
 
 
 class Target(NamedTuple):
@@ -159,3 +164,45 @@ def write_box(tensor: torch.Tensor, box: Box, raw: memoryview | bytes | bytearra
         source = torch.frombuffer(window, dtype=tensor.dtype).reshape(box.shape)
         tensor[box.slices((0,) * len(box.start))].copy_(source)
     del source, window, held
+
+
+def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
+    """Return what puts bytes of `box` into a tensor, from a given one of them on.
+
+    None where these bytes do not lie in one piece in the tensor's memory. Safe from several threads
+    for disjoint bytes; begins and ends with whole elements.
+    """
+    start = _linear_start(box, tuple(tensor.shape))
+    if start is None or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return None
+    flat = tensor.detach().view(-1).view(torch.uint8)
+    start *= tensor.itemsize
+    part = flat[start : start + box.volume * tensor.itemsize]
+    if tensor.device.type != "cpu":
+        return lambda at, raw: _put_away(part, at, raw)
+    there = part.numpy()
+
+    def put(at: int, raw: npt.NDArray[np.uint8]) -> None:
+        np.copyto(there[at : at + len(raw)], raw)  # lets go of the interpreter lock
+
+    return put
+
+
+def _put_away(part: torch.Tensor, at: int, raw: npt.NDArray[np.uint8]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of memory that is read-only: it is only read
+        part[at : at + len(raw)].copy_(torch.from_numpy(raw))
+
+
+def _linear_start(box: Box, shape: tuple[int, ...]) -> int | None:
+    """Return the place of the box's first element in row-major order; None if it has gaps there."""
+    if not box.is_within(shape):
+        raise ValueError(f"box {box} outside of shape {shape}")
+    place, step, is_whole = 0, 1, True
+    for start, count, extent in reversed(list(zip(box.start, box.shape, shape, strict=True))):
+        if not is_whole and count != 1:
+            return None
+        is_whole = is_whole and count == extent
+        place += start * step
+        step *= extent
+    return place

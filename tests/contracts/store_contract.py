@@ -102,19 +102,18 @@ class StoreContract:
             (winner,) = _race(store, key, 3, times=(1 << 20) + 5)
             assert store.get(key, max_bytes=2 << 20) == bytes([winner]) * ((1 << 20) + 5)
 
-    def test_ranges_come_in_the_order_asked_for(self, store: Store) -> None:
+    def test_any_range_is_read_into_memory_of_the_caller(self, store: Store) -> None:
         store.put_new(CHUNK, bytes(range(100)))
-        got = store.get_ranges(CHUNK, [(90, 10), (0, 3), (5, 0), (100, 0), (0, 100)])
-        assert got == [
-            bytes(range(90, 100)), b"\x00\x01\x02", b"", b"", bytes(range(100)),
-        ]  # fmt: skip
-        assert store.get_ranges(CHUNK, []) == []
+        for offset, length in ((90, 10), (0, 3), (5, 0), (100, 0), (0, 100)):
+            room = bytearray(b"x" * (length + 2))
+            assert store.read_into(CHUNK, offset, memoryview(room)[1 : length + 1]) == 100
+            assert room == b"x" + bytes(range(offset, offset + length)) + b"x"
 
     def test_a_range_that_leaves_the_object_is_refused(self, store: Store) -> None:
         store.put_new(CHUNK, bytes(100))
-        for bad in ((99, 2), (100, 1), (101, 0), (-1, 2), (0, -1), (1 << 70, 1)):
+        for offset, length in ((99, 2), (100, 1), (101, 0), (-1, 2), (1 << 70, 1)):
             with pytest.raises(StoreError) as caught:
-                store.get_ranges(CHUNK, [(0, 1), bad])
+                store.read_into(CHUNK, offset, memoryview(bytearray(length)))
             assert caught.value.key == CHUNK
             assert not isinstance(caught.value, ObjectNotFoundError)
 
@@ -125,7 +124,7 @@ class StoreContract:
                 store.get(key, max_bytes=10)
             assert caught.value.key == key
             with pytest.raises(ObjectNotFoundError):
-                store.get_ranges(key, [(0, 0)])
+                store.read_into(key, 0, memoryview(bytearray(0)))
 
     def test_an_object_larger_than_allowed_is_refused(self, store: Store) -> None:
         store.put_new(RANK, b"12345")
@@ -177,7 +176,7 @@ class StoreContract:
             lambda key: store.put_new(key, b"x"),
             lambda key: store.put_new(key, b"x", is_deferred=True),
             lambda key: store.get(key, max_bytes=9),
-            lambda key: store.get_ranges(key, [(0, 1)]),
+            lambda key: store.read_into(key, 0, memoryview(bytearray(1))),
             store.delete,
         )
         for key in BAD_KEYS:

@@ -106,7 +106,7 @@ def value_of(name: str) -> object:
 
 
 NOT_WAITED_FOR = {  # looks and limits only
-    "ckptd.cli.console._QUIET_S",
+    "ckptd.bars.QUIET_S",
     "ckptd.cli.console._HALF_A_YEAR_S",
     "ckptd.engine.clients.MAX_TIMEOUT_S",
 }

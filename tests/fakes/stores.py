@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from ckptd.errors import StoreError, StoreUnavailableError
@@ -60,12 +60,12 @@ class _Around:
         self._after(op)
         return data
 
-    def get_ranges(self, key: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
-        op = Op("get_ranges", key)
+    def read_into(self, key: str, offset: int, out: memoryview) -> int:
+        op = Op("read_into", key)
         self._before(op)
-        parts = self.inner.get_ranges(key, ranges)
+        size = self.inner.read_into(key, offset, out)
         self._after(op)
-        return parts
+        return size
 
     def list(self, prefix: str) -> Iterator[Entry]:
         op = Op("list", prefix)
@@ -131,7 +131,7 @@ class FlakyStore(_Around):
     """Fails calls at random, each failure before or after the call acted.
 
     `rates` gives the probability of failure by operation (``put``, ``put_new``, ``put_deferred``,
-    ``sync``, ``get``, ``get_ranges``, ``list``, ``delete``); what it leaves out never fails.
+    ``sync``, ``get``, ``read_into``, ``list``, ``delete``); what it leaves out never fails.
     `acted` is the share of failures that come after the call acted: a lost answer.
     """
 

@@ -11,7 +11,7 @@ from ckptd.errors import CorruptError, StoreUnavailableError
 from ckptd.model.box import Box
 from ckptd.model.keys import CHUNKS, StepId
 from ckptd.pipeline.catalog import read_manifest, read_ranks
-from ckptd.pipeline.read import needed_blocks, read_chunks, region_bytes
+from ckptd.pipeline.read import Loader, needed_blocks, read_chunks, region_bytes
 from ckptd.plan.reading import Region, Wanted, plan_reads
 from ckptd.store.memory import MemoryStore
 from tests.fakes.checkpoints import PLAIN, flip_byte, write_checkpoint
@@ -34,16 +34,29 @@ def planned(store, wanted):
     return plan_reads(wanted, read_ranks(store, read_manifest(store, STEP)))
 
 
-def fetch(store, wanted, **kwargs):
-    """Read boxes into arrays of zeros."""
+def fetch(store, wanted, *, in_parts=False, **kwargs):
+    """Read boxes into arrays of zeros, as a whole or, where they are whole pieces, in parts."""
     arrays = [np.zeros(w.box.shape, TENSORS[w.fqn].dtype) for w in wanted]
+
+    def place(region):
+        want = wanted[region.wanted].box
+        if not in_parts or region.box.shape[1:] != want.shape[1:]:
+            return None
+        rows = region.box.start[0] - want.start[0] if region.box.start else 0
+        flat = arrays[region.wanted].reshape(-1).view(np.uint8)
+        begin = rows * flat.nbytes // want.shape[0] if want.shape else 0
+
+        def put(at, raw):
+            flat[begin + at : begin + at + len(raw)] = raw
+
+        return put
 
     def sink(region, raw):
         want = wanted[region.wanted]
         part = np.frombuffer(raw, arrays[region.wanted].dtype).reshape(region.box.shape)
         arrays[region.wanted][region.box.slices(want.box.start)] = part
 
-    read_chunks(store, planned(store, wanted), sink, **kwargs)
+    read_chunks(store, planned(store, wanted), sink, place=place, **kwargs)
     return arrays
 
 
@@ -63,17 +76,17 @@ class Counting(MemoryStore):
         self.bytes += len(data)
         return data
 
-    def get_ranges(self, key, ranges):
-        parts = self.inner.get_ranges(key, ranges)
-        self.bytes += sum(map(len, parts))
-        return parts
+    def read_into(self, key, offset, out):
+        self.bytes += len(out)
+        return self.inner.read_into(key, offset, out)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("compression", ["auto", "none"])
-def test_d2_what_comes_back_is_what_was_written(world_size, compression):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_d2_what_comes_back_is_what_was_written(world_size, compression, in_parts):
     store = written(world_size=world_size, compression=compression)
-    for got, want in zip(fetch(store, whole()), TENSORS.values(), strict=True):
+    for got, want in zip(fetch(store, whole(), in_parts=in_parts), TENSORS.values(), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -81,7 +94,7 @@ def test_d2_what_comes_back_is_what_was_written(world_size, compression):
 @given(st.data())
 def test_any_box_comes_back(data):
     box = data.draw(boxes((1500, 1024)))
-    (got,) = fetch(STORE, [Wanted("model.big", box)])
+    (got,) = fetch(STORE, [Wanted("model.big", box)], in_parts=data.draw(st.booleans()))
     np.testing.assert_array_equal(got, BIG[box.slices((0, 0))])
 
 
@@ -151,6 +164,44 @@ def test_r4_no_byte_of_a_damaged_chunk_reaches_the_sink():
     assert tried >= 9
 
 
+def test_r4_no_byte_of_a_damaged_block_is_put_anywhere():
+    store = written()
+    wanted = [Wanted("model.big", Box.full(BIG.shape))]
+    (read,) = planned(store, wanted)
+    flip_byte(store, read.chunk.id.key, read.chunk.stored_bytes // 2)
+    put = {}
+
+    def place(region):
+        return lambda at, raw: put.update({at: bytes(raw)})
+
+    with pytest.raises(CorruptError):
+        read_chunks(store, [read], pytest.fail, place=place, threads=1)
+    assert 1 <= len(put) <= 3, "the blocks before the damaged one"
+    for at, raw in put.items():
+        assert raw == BIG.tobytes()[at : at + len(raw)]
+
+
+def test_progress_tells_of_every_byte_that_was_read():
+    told = []
+    reads = planned(STORE, whole())
+    read_chunks(STORE, reads, lambda *_: None, progress=lambda *both: told.append(both))
+    total_bytes = sum(chunk.raw_bytes for chunk in {read.chunk for read in reads})
+    assert told == sorted(told)
+    assert told[-1] == (total_bytes, total_bytes)
+
+
+def test_a_window_that_holds_few_blocks_is_filled_again_and_again():
+    (read,) = planned(STORE, [Wanted("model.big", Box.full(BIG.shape))])
+    counting = Counting(STORE)
+    loader = Loader(counting, window_bytes=1)
+    raw = b"".join(bytes(block.raw) for block in loader.blocks(read.chunk))
+    assert raw == BIG.tobytes()
+    assert counting.bytes < read.chunk.stored_bytes + 2 * BLOCK_BYTES
+    wanted = [1, 2, 4]
+    found = {block.start: bytes(block.raw) for block in loader.blocks(read.chunk, wanted)}
+    assert found == {i * BLOCK_BYTES: raw[i * BLOCK_BYTES :][:BLOCK_BYTES] for i in wanted}
+
+
 def test_a_flip_outside_of_the_needed_blocks_does_not_matter():
     store = written()
     wanted = [Wanted("model.big", Box((0, 0), (2, 1024)))]
@@ -167,7 +218,7 @@ def test_truncated_longer_and_missing_chunks_are_damage(is_partial):
     (read,) = planned(store, wanted)
     key = read.chunk.id.key
     data = store.get(key, max_bytes=1 << 30)
-    cases = [data[:-1], data[:20], b""] + ([] if is_partial else [data + b"x"])
+    cases = [data[:-1], data[:20], b"", data + b"x"]
     for case in cases:
         store.put(key, case)
         with pytest.raises(CorruptError) as caught:
@@ -180,7 +231,7 @@ def test_truncated_longer_and_missing_chunks_are_damage(is_partial):
 
 def test_r1_an_unavailable_store_is_not_damage():
     reads = planned(STORE, whole())
-    flaky = FlakyStore(STORE, {"get": 1.0, "get_ranges": 1.0}, seed=1)
+    flaky = FlakyStore(STORE, {"read_into": 1.0}, seed=1)
     with pytest.raises(StoreUnavailableError):
         read_chunks(flaky, reads, pytest.fail)
 
@@ -189,18 +240,19 @@ def test_n10_a_bit_that_flips_on_the_way_is_read_again():
     class Flips(Counting):
         seen = frozenset()
 
-        def get(self, key, *, max_bytes):
-            data = super().get(key, max_bytes=max_bytes)
-            if key in self.seen:
-                return data
-            self.seen |= {key}
-            return data[:-1] + bytes([data[-1] ^ 1])
+        def read_into(self, key, offset, out):
+            size = super().read_into(key, offset, out)
+            if key not in self.seen:
+                self.seen |= {key}
+                out[self.place] ^= 1
+            return size
 
-    sizes = []
     flips = Flips(STORE)
-    read_chunks(flips, planned(STORE, whole()), lambda _, raw: sizes.append(len(raw)), threads=1)
-    assert sum(sizes) == sum(array.nbytes for array in TENSORS.values())
-    assert flips.seen
+    for flips.place in (40, -1):  # in the header, in the last block
+        flips.seen = frozenset()
+        for got, want in zip(fetch(flips, whole(), threads=1), TENSORS.values(), strict=True):
+            np.testing.assert_array_equal(got, want)
+        assert flips.seen
 
 
 def test_a_hostile_stored_length_is_damage_before_memory_is_asked_for():
@@ -242,5 +294,5 @@ def test_a_chunk_of_another_length_than_the_manifest_says_is_damage():
     store = written(tensors)
     (read,) = plan_reads(whole(tensors), read_ranks(store, read_manifest(store, STEP)))
     longer = msgspec.structs.replace(read.chunk, stored_bytes=read.chunk.stored_bytes + 1)
-    with pytest.raises(CorruptError, match="in place of"):
+    with pytest.raises(CorruptError, match="another length"):
         read_chunks(store, [read._replace(chunk=longer)], pytest.fail)

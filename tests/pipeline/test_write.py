@@ -14,6 +14,7 @@ from ckptd.codec.chunk import Decoder, Encoder, block_count, header_bytes, read_
 from ckptd.errors import SlotMovedError, StoreError, StoreFullError, StoreUnavailableError
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
+from ckptd.pipeline.threads import usable_cores
 from ckptd.pipeline.write import ChunkWriter, Source, default_workers
 from ckptd.store.local import LocalStore
 from ckptd.store.memory import MemoryStore
@@ -260,12 +261,18 @@ def test_a_failpoint_before_a_chunk_and_before_the_sync(
         writer.write(store, BIRTH, [source(noise(1))], "auto")
 
 
-def test_workers_are_the_cores_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_are_half_the_cores_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
-    assert default_workers() == 3
+    assert usable_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
     assert default_workers() == 1
+    for cores, workers in ((2, 1), (4, 2), (8, 4), (64, 4)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=cores: count)
+        assert default_workers() == workers
 
 
 def test_writing_goes_on_after_the_pool_was_closed(store: MemoryStore) -> None:

@@ -267,10 +267,11 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put_new(RANK, bytes(100))
-    pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, n, at: pread(fd, n, at) if at < 50 else b"")
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, out, at: preadv(fd, out, at) if at < 50 else 0)
+    assert store.read_into(RANK, 0, memoryview(bytearray(10))) == 100
     with pytest.raises(StoreError, match="shorter"):
-        store.get_ranges(RANK, [(0, 10), (60, 10)])
+        store.read_into(RANK, 60, memoryview(bytearray(10)))
 
 
 def test_a_vanished_root_is_unavailable_and_never_empty(store: LocalStore) -> None:
@@ -290,7 +291,7 @@ def test_a_vanished_root_is_unavailable_and_never_empty(store: LocalStore) -> No
 def _expect_unavailable(store: LocalStore) -> None:
     for call in (
         lambda: store.get(CHUNK, max_bytes=1),
-        lambda: store.get_ranges(CHUNK, [(0, 1)]),
+        lambda: store.read_into(CHUNK, 0, memoryview(bytearray(1))),
         lambda: list(store.list("")),
         lambda: list(store.list("ranks/")),
         lambda: list(store.list("checkpoints/")),

@@ -16,7 +16,7 @@ Call = Callable[[LocalStore], object]
 
 READS: dict[str, Call] = {
     "get": lambda s: s.get(RANK, max_bytes=99),
-    "get_ranges": lambda s: s.get_ranges(RANK, [(0, 1)]),
+    "read_into": lambda s: s.read_into(RANK, 0, memoryview(bytearray(1))),
 }
 WRITES: dict[str, Call] = {
     "put": lambda s: s.put(RANK, b"evil"),
