@@ -103,7 +103,7 @@ class Rank:
         try:
             self.handles[step] = self._ckpt.save(step, self.state, wait=wait)
         except CkptdError:
-            last = self._ckpt._handles[-1]
+            last = self._ckpt._saving._handles[-1]
             if last.step == step:
                 self.handles[step] = last
             raise
