@@ -18,8 +18,9 @@ class DaemonConfig(msgspec.Struct, frozen=True):
         linger_s: how long to stay without clients after one vanished; None: for ever.
         trim_s: how long to keep buffers for the next snapshot when there is nothing to do.
         drain_s: how long a SIGTERM may take before the exit code says that work was left.
-        workers: threads that code and store; None: as many as this process has cores.
-        nice: added to the niceness, so that training keeps its cores.
+        workers: threads that code; None: half the cores of this process, four at most.
+        nice: added to the niceness, so that training keeps its cores; above 0 disk requests are of
+            the idle class too.
         metrics_address: ``host:port`` for Prometheus, None for none.
         log_level: debug, info, warning or error.
     """

@@ -20,6 +20,12 @@ def command(
     is_on_demand: Annotated[
         bool, typer.Option("--on-demand", help="Exit when nobody needs the daemon any more.")
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            help="Threads that code; 0: half the cores, at most 4.", envvar="CKPTD_WORKERS", min=0
+        ),
+    ] = 0,
     metrics: Annotated[
         str, typer.Option(help="Serve Prometheus metrics on HOST:PORT.", envvar="CKPTD_METRICS")
     ] = "",
@@ -30,7 +36,8 @@ def command(
     its socket in CKPTD_SOCKET.
     """
     path = socket or os.path.join(runtime_directory(os.environ), "service.sock")
-    env = {**os.environ, **({"CKPTD_METRICS": metrics} if metrics else {})}
+    asked = {"CKPTD_METRICS": metrics, "CKPTD_WORKERS": str(workers or "")}
+    env = {**os.environ, **{name: value for name, value in asked.items() if value}}
     config = daemon_config(env, socket=os.path.abspath(path), is_on_demand=is_on_demand)
     set_up_log(config.log_level)
     raise typer.Exit(main(config, os.environ))

@@ -13,6 +13,7 @@ from types import FrameType
 from ckptd import failpoints
 from ckptd.config import DaemonConfig
 from ckptd.daemon.metrics import serve_metrics
+from ckptd.daemon.priority import step_back
 from ckptd.daemon.server import Server
 from ckptd.engine import events as ev
 from ckptd.engine.lifetime import EXIT_UNFINISHED
@@ -59,8 +60,7 @@ def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: boo
 
 
 def _serve(config: DaemonConfig, listener: Listener) -> int:
-    if config.nice:
-        os.nice(config.nice)
+    step_back(config.nice)
     engine = Engine(linger_s=config.linger_s, trim_s=config.trim_s)
     server = Server(listener.socket, {os.geteuid(), 0})
     runner = Runner(engine, server.outlet, workers=config.workers)

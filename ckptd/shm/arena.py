@@ -117,6 +117,11 @@ class Arena:
         """The size of all slots."""
         return self.slots * self.slot_bytes
 
+    @property
+    def address(self) -> int:
+        """Where the mapping begins in this process; good until `close`."""
+        return self._address
+
     def fileno(self) -> int:
         """Return the descriptor to hand to another process; it stays the arena's.
 

@@ -64,7 +64,9 @@ class Preparation:
         plan, share = (agreed.plan, agreed.share) if agreed else (None, whole_share(layout))
         try:
             cut = self._snapshots.cut(layout, plan, share)
-            self._snapshots.reserve(cut.packed.slot_bytes, is_faulted=True)
+            self._snapshots.reserve(
+                cut.packed.slot_bytes, is_faulted=True, is_pinned=cut.is_on_cuda
+            )
             self._snapshots.lay_out(cut)
         except CkptdError as error:
             log.error("slots could not be reserved ahead: %s", error)  # noqa: TRY400 - save raises it

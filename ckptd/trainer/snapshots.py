@@ -18,17 +18,22 @@ from ckptd.shm.slots import SLOT_HEADER_BYTES, Slot, SlotPool
 from ckptd.trainer.capture import Destination
 from ckptd.trainer.copies import Deferred
 from ckptd.trainer.flatten import Leaf
+from ckptd.trainer.pinning import pin, unpin
 from ckptd.wire.messages import MAX_RECIPES, ChunkPlan, Recipe
 
 log = logging.getLogger("ckptd.trainer")
 
 
 class Cut(NamedTuple):
-    """What this rank writes under one layout and plan, and where it lies in a slot."""
+    """What this rank writes under one layout and plan, and where it lies in a slot.
+
+    `is_on_cuda`: something of it is copied from a GPU.
+    """
 
     recipe: Recipe
     packed: Packed
     layout: Layout
+    is_on_cuda: bool
 
 
 class Captured(NamedTuple):
@@ -63,6 +68,18 @@ class _Shelf:
     arena: Arena
     pool: SlotPool
     destinations: dict[tuple[int, int], Destination] = field(default_factory=dict)
+    is_pinned: bool = False
+
+    def pin(self) -> None:
+        """Page-lock the slots, for copies from a GPU."""
+        self.is_pinned = self.is_pinned or pin(self.arena.address, self.arena.bytes)
+
+    def close(self) -> None:
+        """Let go of the memory."""
+        self.destinations.clear()
+        if self.is_pinned:
+            unpin(self.arena.address)
+        self.arena.close()
 
 
 class Snapshots:
@@ -98,11 +115,13 @@ class Snapshots:
                 self._cuts[key] = self._new_cut(layout, plan, share)
             return self._cuts[key]
 
-    def reserve(self, slot_bytes: int, *, is_faulted: bool = False) -> None:
+    def reserve(
+        self, slot_bytes: int, *, is_faulted: bool = False, is_pinned: bool = False
+    ) -> None:
         """Make sure that slots of at least this size are there.
 
         With `is_faulted` their pages are mapped too before this returns, so that the first copy
-        costs what later ones do.
+        costs what later ones do; with `is_pinned` new ones are page-locked, as far as that works.
 
         Raises:
             ConfigError: the memory is not there; the message has the figures.
@@ -120,10 +139,13 @@ class Snapshots:
             if self._shelf is not None:
                 self._retired.append(self._shelf)
             pool = SlotPool([arena.slot(i) for i in range(count)])
-            self._shelf = _Shelf(number, arena, pool)
+            shelf = self._shelf = _Shelf(number, arena, pool)
         log.info("reserved %d slots of %d bytes", count, slot_bytes)
         if is_faulted:
             arena.prefault(lambda: self._is_closed)
+        with self._lock:
+            if is_pinned and shelf is self._shelf:  # neither closed nor retired meanwhile
+                shelf.pin()
 
     def lay_out(self, cut: Cut) -> None:
         """Build the destinations of a cut in all slots ahead of the first capture."""
@@ -151,7 +173,7 @@ class Snapshots:
         Raises:
             ConfigError: there is no memory for the slots.
         """
-        self.reserve(cut.packed.slot_bytes)
+        self.reserve(cut.packed.slot_bytes, is_pinned=cut.is_on_cuda)
         shelf = self._shelf
         assert shelf is not None
         slot = shelf.pool.acquire(timeout_s)
@@ -183,8 +205,7 @@ class Snapshots:
             shelves = [*self._retired, *([self._shelf] if self._shelf else [])]
             self._retired, self._shelf = [], None
         for shelf in shelves:
-            shelf.destinations.clear()
-            shelf.arena.close()
+            shelf.close()
 
     def _new_cut(self, layout: Layout, plan: str | None, share: Share) -> Cut:
         packed = pack(layout, share, chunk_bytes=self._chunk_bytes, header_bytes=SLOT_HEADER_BYTES)
@@ -194,7 +215,8 @@ class Snapshots:
             chunks=tuple(ChunkPlan(c.dtype, c.offset_bytes, c.raw_bytes) for c in packed.chunks),
         )  # fmt: skip
         self._next_recipe += 1
-        return Cut(recipe, packed, layout)
+        is_on_cuda = any(held.tensor.device.startswith("cuda") for held in layout.held)
+        return Cut(recipe, packed, layout, is_on_cuda)
 
     def _destination(self, shelf: _Shelf, slot: Slot, cut: Cut) -> Destination:
         key = (slot.index, cut.recipe.recipe)
@@ -211,5 +233,4 @@ class Snapshots:
         for shelf in list(self._retired):
             if shelf.pool.free_count == shelf.arena.slots:
                 self._retired.remove(shelf)
-                shelf.destinations.clear()
-                shelf.arena.close()
+                shelf.close()

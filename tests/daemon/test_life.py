@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import signal
 import socket
 import sys
@@ -239,6 +241,19 @@ def test_a_daemon_is_small_and_quiet_once_it_has_nothing_to_do(place: Place) -> 
         before_s = daemon.cpu_s()
         time.sleep(2.0)  # measured, not waited for
         assert daemon.cpu_s() - before_s < 0.05
+
+
+@pytest.mark.parametrize("nice", [0, 7])
+def test_a_daemon_steps_back_for_those_who_train(place: Place, nice: int) -> None:
+    daemon = place.daemon(CKPTD_NICE=str(nice))
+    save(place).close()  # now all its threads are there
+    tasks = os.listdir(f"/proc/{daemon.pid}/task")
+    assert len(tasks) > 3
+    assert {os.getpriority(os.PRIO_PROCESS, int(task)) for task in tasks} == {nice}
+    if platform.machine() == "x86_64":
+        ask = ctypes.CDLL(None).syscall
+        classes = {ask(252, 1, int(task)) >> 13 for task in tasks}  # ioprio_get(2)
+        assert classes <= ({3} if nice else {0, 2})
 
 
 def test_a_daemon_that_waits_for_a_rank_uses_no_processor_time(place: Place) -> None:

@@ -214,3 +214,32 @@ def test_after_close_nothing_is_reserved_and_the_memory_is_gone() -> None:
     gc.collect()
     with pytest.raises(ValueError, match="closed"):
         arena.slot(0)
+
+
+def test_slots_for_a_gpu_are_page_locked_until_they_are_unmapped(
+    snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, int]] = []
+    monkeypatch.setattr(module, "pin", lambda at, size: said.append(("pin", size)) or True)
+    monkeypatch.setattr(module, "unpin", lambda at: said.append(("unpin", at)))
+    small, large = state(1.0), state(1.0, 50_000)
+    for flat, sequence in ((small, 1), (small, 2), (large, 3)):
+        cut = cut_of(snapshots, flat)._replace(is_on_cuda=True)
+        captured = snapshots.capture(
+            cut, flat.leaves, step=sequence, sequence=sequence, timeout_s=0.0
+        )  # fmt: skip
+        assert captured is not None
+        captured.pool.release(captured.slot)
+    sizes = [size for what, size in said if what == "pin"]
+    assert len(sizes) == 2, "once for each arena"
+    snapshots.reserve(1)
+    assert [what for what, _ in said] == ["pin", "pin", "unpin"], "of the retired one"
+    snapshots.close()
+    assert [what for what, _ in said] == ["pin", "pin", "unpin", "unpin"]
+
+
+def test_slots_without_a_gpu_are_not_page_locked(
+    snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pin", lambda at, size: pytest.fail("there is no GPU"))
+    assert capture(snapshots, state(1.0)) is not None
