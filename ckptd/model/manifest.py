@@ -13,6 +13,7 @@ import msgspec
 from ckptd.model import dtypes, keys
 from ckptd.model.columns import Columns, Piece
 from ckptd.model.keys import ChunkId, StepId
+from ckptd.model.pieces import PieceCheck
 from ckptd.model.tensor import Tensor
 
 FORMAT = 1
@@ -119,6 +120,20 @@ class RankManifest(
         Raises:
             ValueError: naming the field.
         """
+        self.check_head()
+        check_table(self.tensors, self.aliases)
+        spans = [(chunk.dtype, chunk.raw_bytes) for chunk in self.chunks]
+        if not PieceCheck(self.tensors).are_in_order(self.pieces, spans):
+            for piece in self.unpack():
+                _check_piece(piece, self.tensors, self.chunks)
+            raise ValueError("pieces that do not fit tensors and chunks")
+
+    def check_head(self) -> None:
+        """Check all but the table of tensors and the pieces.
+
+        Raises:
+            ValueError: naming the field.
+        """
         _check_step(self.step, self.attempt, self.sequence, self.world_size)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} of {self.world_size}")
@@ -128,13 +143,10 @@ class RankManifest(
         for step_id in (self.previous, self.parent):
             if step_id is not None:
                 StepId.parse(step_id)
-        check_table(self.tensors, self.aliases)
         for chunk in self.chunks:
             chunk.check()
         if len(self.fingerprints) not in (0, 8 * len(self.tensors)):
             raise ValueError("fingerprints that do not fit the tensors")
-        for piece in self.unpack():
-            _check_piece(piece, self.tensors, self.chunks)
 
 
 class Outcome(

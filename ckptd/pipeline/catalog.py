@@ -21,6 +21,7 @@ from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest
 from ckptd.pipeline.commit import MAX_RECORD_BYTES, TOMBSTONE
+from ckptd.pipeline.ranks import RankReader
 from ckptd.plan.line import Commit, parse_commits
 from ckptd.plan.line import line as plan_line
 from ckptd.store.base import Store
@@ -28,7 +29,7 @@ from ckptd.store.base import Store
 log = logging.getLogger(__name__)
 
 _THREADS = 8
-_Record = TypeVar("_Record", Manifest, RankManifest)
+_Record = TypeVar("_Record")
 
 
 def list_commits(store: Store) -> list[Commit]:
@@ -121,28 +122,45 @@ def _read_manifest(store: Store, id_: StepId) -> Manifest:
     return manifest
 
 
-def read_rank(store: Store, manifest: Manifest, rank: int) -> RankManifest:
+def read_rank(
+    store: Store, manifest: Manifest, rank: int, reader: RankReader | None = None
+) -> RankManifest:
     """Read what one rank wrote, and check that it is what the manifest committed.
+
+    `reader` remembers what records have in common, for who reads several.
 
     Raises:
         CorruptError: it is missing, or not the very record that the manifest names.
         UnsupportedFormatError: a newer version wrote it.
         StoreError: the store did not answer.
     """
-    return _twice(lambda: _read_rank(store, manifest, rank))
+    data = _read_rank(store, manifest, rank)
+    return _decode_rank(manifest, rank, data, reader or RankReader())
 
 
-def _read_rank(store: Store, manifest: Manifest, rank: int) -> RankManifest:
+def _read_rank(store: Store, manifest: Manifest, rank: int) -> bytes:
+    """Return the stored bytes of a rank manifest, which are those that the manifest names."""
     entry, key = manifest.ranks[rank], keys.rank(manifest.id, rank)
-    try:
-        data = _get(store, key, MAX_RECORD_BYTES)
-    except ObjectNotFoundError:
-        raise CorruptError("a rank manifest is missing", key=key, step=manifest.step) from None
-    if (len(data), xxhash.xxh3_128_hexdigest(data)) != (entry.bytes, entry.hash):
-        # Either may be the damaged one: a manifest has no hash of its own.
-        commit = keys.checkpoint(manifest.id)
-        raise CorruptError(f"not the record that {commit} names", key=key, step=manifest.step)
-    record = decode_record(data, RankManifest, key=key)
+
+    def read() -> bytes:
+        try:
+            data = _get(store, key, MAX_RECORD_BYTES)
+        except ObjectNotFoundError:
+            raise CorruptError("a rank manifest is missing", key=key, step=manifest.step) from None
+        if (len(data), xxhash.xxh3_128_hexdigest(data)) != (entry.bytes, entry.hash):
+            # Either may be the damaged one: a manifest has no hash of its own.
+            commit = keys.checkpoint(manifest.id)
+            raise CorruptError(f"not the record that {commit} names", key=key, step=manifest.step)
+        return data
+
+    return _twice(read)
+
+
+def _decode_rank(manifest: Manifest, rank: int, data: bytes, reader: RankReader) -> RankManifest:
+    key = keys.rank(manifest.id, rank)
+    record = reader.decode(data, key=key)
+    if not isinstance(record, RankManifest):
+        raise CorruptError("an outcome stands in place of a rank manifest", key=key)
     said = (record.id, record.rank, record.world_size, record.sequence)
     if said != (manifest.id, rank, manifest.world_size, manifest.sequence):
         raise CorruptError(
@@ -153,17 +171,26 @@ def _read_rank(store: Store, manifest: Manifest, rank: int) -> RankManifest:
 
 
 def read_ranks(
-    store: Store, manifest: Manifest, ranks: Iterable[int] | None = None
+    store: Store,
+    manifest: Manifest,
+    ranks: Iterable[int] | None = None,
+    reader: RankReader | None = None,
 ) -> list[RankManifest]:
     """Read what several ranks wrote (None: all), some at a time; in the order of `ranks`.
 
     Raises:
         As `read_rank`.
     """
-    wanted = range(manifest.world_size) if ranks is None else list(ranks)
+    wanted = list(range(manifest.world_size) if ranks is None else ranks)
+    reader = reader or RankReader()
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckptd-records") as pool:
         try:
-            return list(pool.map(lambda rank: read_rank(store, manifest, rank), wanted))
+            # Threads wait for the store; to decode takes the interpreter, which is one.
+            fetched = pool.map(lambda rank: _read_rank(store, manifest, rank), wanted)
+            return [
+                _decode_rank(manifest, rank, data, reader)
+                for rank, data in zip(wanted, fetched, strict=True)
+            ]
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

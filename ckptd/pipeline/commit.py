@@ -30,6 +30,7 @@ from ckptd.errors import (
 from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
+from ckptd.pipeline.ranks import RankReader
 from ckptd.plan.commit import layout_key, manifest_of
 from ckptd.plan.table import join_ranks
 from ckptd.store.base import Store
@@ -58,9 +59,14 @@ COMMITTED = Verdict("committed")
 
 
 class Proofs:
-    """Remembers for which layouts and plans coverage was proved; shared by threads."""
+    """Remembers for which layouts and plans coverage was proved; shared by threads.
+
+    Attributes:
+        reader: decodes rank manifests, and remembers what many have in common.
+    """
 
     def __init__(self, limit: int = 64) -> None:
+        self.reader = RankReader()
         self._known: dict[str, None] = {}
         self._limit = limit
         self._lock = threading.Lock()  # guards _known
@@ -155,7 +161,7 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
             # As long as ranks are missing this is asked again and again: only an outcome counts.
             if missing and sizes[number] > MAX_OUTCOME_BYTES:
                 continue
-            record, size, digest = _read_rank(store, step, number)
+            record, size, digest = _read_rank(store, step, number, proofs.reader)
             if isinstance(record, Outcome):
                 return end_step(store, step, world_size, outcome_verdict(record))
             records.append((record, size, digest))
@@ -247,10 +253,12 @@ def _put_manifest(store: Store, manifest: Manifest) -> Verdict:
     return read_verdict(store, manifest.id, manifest.world_size)
 
 
-def _read_rank(store: Store, step: StepId, number: int) -> tuple[RankManifest | Outcome, int, str]:
+def _read_rank(
+    store: Store, step: StepId, number: int, reader: RankReader
+) -> tuple[RankManifest | Outcome, int, str]:
     key = keys.rank(step, number)
     data = store.get(key, max_bytes=MAX_RECORD_BYTES)
-    record = decode_record(data, RankManifest | Outcome, key=key)
+    record = reader.decode(data, key=key)
     if record.id != step or record.rank != number:
         raise CorruptError("a rank manifest of another step or rank", key=key, step=step.step)
     return record, len(data), xxhash.xxh3_128_hexdigest(data)
@@ -276,13 +284,13 @@ def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
 
     That is an outcome record, a damaged record, ranks that are not there, or what the proof says.
     """
-    parts, damage = [], None
+    parts, damage, reader = [], None, RankReader()
     for entry in store.list(f"{keys.RANKS}{step}/"):
         found = keys.parse_rank(entry.key)
         if found is None or found[1] >= world_size:
             continue
         try:
-            record, size, digest = _read_rank(store, step, found[1])
+            record, size, digest = _read_rank(store, step, found[1], reader)
         except ObjectNotFoundError:
             continue  # pruned meanwhile
         except CheckpointError as error:

@@ -39,7 +39,12 @@ def merge_tensors(manifests: Sequence[RankManifest]) -> Table:
     merged: dict[str, tuple[int, int, Tensor]] = {}
     places: list[Ints] = []
     last: tuple[list[Any], ...] | None = None
+    last_table: tuple[Tensor, ...] | None = None
     for manifest in manifests:
+        if manifest.tensors is last_table:
+            places.append(places[-1])
+            continue
+        last_table = manifest.tensors
         columns = _columns(manifest.tensors)
         # Ranks mostly hold the same names: comparing columns costs a tenth of looking up each row.
         if columns != last:
