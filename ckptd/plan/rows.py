@@ -6,7 +6,7 @@ arrays here; what is asked of the few that stand out is asked of `Box` values el
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,38 +75,36 @@ def piece_rows(manifests: Sequence[RankManifest], table: Table) -> Iterator[Rows
     The manifests have been checked (`RankManifest.check`).
     """
     dims_of = np.array([len(t.shape) for t in table.tensors], dtype=np.int64)
-    found: dict[int, list[Rows]] = {}
+    parts = []
     for owner, (manifest, places) in enumerate(zip(manifests, table.places, strict=True)):
-        if not manifest.pieces.count:
-            continue
         tensor = places[numbers(manifest.pieces.tensor)]
-        dims = dims_of[tensor]
         boxes = numbers(manifest.pieces.box)
+        parts.append((owner, tensor, np.arange(len(tensor)), boxes))
+    return column_rows(parts, dims_of)
+
+
+def column_rows(
+    parts: Iterable[tuple[int, Ints, Ints, Ints]], dims_of: Ints
+) -> Iterator[Rows]:  # fmt: skip
+    """Give boxes that lie end to end as rows, all of one number of dimensions at a time.
+
+    Each part is an owner, the tensor and the item of each of its boxes, and the numbers of all of
+    them: the starts of a box and then its stops. Empty boxes are left out.
+    """
+    found: dict[int, list[Rows]] = {}
+    for owner, tensor, item, boxes in parts:
+        dims = dims_of[tensor]
         first = np.cumsum(2 * dims) - 2 * dims
         for d in np.unique(dims).tolist():
-            item = np.flatnonzero(dims == d)
-            box = boxes[first[item][:, None] + np.arange(2 * d)]
+            which = np.flatnonzero(dims == d)
+            box = boxes[first[which][:, None] + np.arange(2 * d)]
             found.setdefault(d, []).append(
-                Rows(tensor[item], np.full(len(item), owner, np.int64), item, box)
+                Rows(tensor[which], np.full(len(which), owner, np.int64), item[which], box)
             )
-    for parts in found.values():
-        rows = Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-        yield rows.take(rows.volume > 0)
-
-
-def box_rows(boxes: Sequence[tuple[int, int, Box]]) -> Iterator[Rows]:
-    """Give ``(tensor, owner, box)`` as rows, all of one number of dimensions at a time."""
-    found: dict[int, list[int]] = {}
-    for item, (_, _, box) in enumerate(boxes):
-        found.setdefault(len(box.start), []).append(item)
-    for dims, items in found.items():
-        flat = [n for i in items for n in (*boxes[i][2].start, *boxes[i][2].stop)]
-        yield Rows(
-            np.array([boxes[i][0] for i in items], np.int64),
-            np.array([boxes[i][1] for i in items], np.int64),
-            np.array(items, np.int64),
-            np.array(flat, np.int64).reshape(len(items), 2 * dims),
-        )
+    for kept in found.values():
+        rows = Rows(*(np.concatenate(column) for column in zip(*kept, strict=True)))
+        is_full = rows.volume != 0  # below zero is no box, for others to find
+        yield rows if is_full.all() else rows.take(is_full)
 
 
 def find_outside(rows: Rows, tensors: Sequence[Tensor]) -> int | None:
@@ -149,10 +147,10 @@ def find_crowded(rows: Rows) -> Ints:
 
 def _drop_single(rows: Rows, part: Ints) -> tuple[Rows, Ints]:
     """Leave out rows that are alone in their part; number the parts from 0 on."""
-    _, number, count = np.unique(part, return_inverse=True, return_counts=True)
-    number = number.reshape(-1)  # numpy 2.0 alone gives it the shape of its argument
-    is_shared = count[number] > 1
-    return rows.take(is_shared), np.unique(number[is_shared], return_inverse=True)[1].reshape(-1)
+    is_kept = np.bincount(part) > 1 if len(part) else np.zeros(0, np.bool_)
+    number = np.cumsum(is_kept) - 1
+    is_shared = is_kept[part]
+    return rows.take(is_shared), number[part[is_shared]]
 
 
 def _separate(part: Ints, start: Ints, stop: Ints) -> Ints:
@@ -162,12 +160,13 @@ def _separate(part: Ints, start: Ints, stop: Ints) -> Ints:
         edges, places = np.unique(np.concatenate((start, stop)), return_inverse=True)
         start, stop = np.split(places.reshape(-1), 2)
         span = len(edges) + 1
-    order = np.lexsort((start, part))
     # Each part gets an interval of its own on one axis, so that one running maximum serves all.
-    base = part[order] * span
-    reach = np.maximum.accumulate(stop[order] + base)
+    first = part * span + start
+    order = np.argsort(first, kind="stable")  # quick where ranks stand in the order of their shards
+    last = (part * span + stop)[order]
+    reach = np.maximum.accumulate(last)
     is_first = np.ones(len(order), np.bool_)
-    is_first[1:] = (start[order] + base)[1:] >= reach[:-1]
+    is_first[1:] = first[order[1:]] >= reach[:-1]
     parted = np.empty_like(part)
     parted[order] = np.cumsum(is_first) - 1
     return parted

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 from typing import NamedTuple, NoReturn
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.model.tensor import REPLICATED_KINDS, Layout, Tensor
-from ckptd.plan.rows import box_rows, find_crowded, find_outside
-from ckptd.plan.table import check_same
+from ckptd.plan.holdings import Holdings, held_rows, name_boxes, refuse_outside
+from ckptd.plan.rows import Rows, find_crowded, find_outside, same_as_last
+from ckptd.plan.table import Ints, check_same
 from ckptd.units import KIB, MIB
 
 Share = tuple[tuple[int, Box], ...]
@@ -32,19 +34,20 @@ class SplitPlan(msgspec.Struct, frozen=True):
 
 
 class _Alike(NamedTuple):
-    """Ranks with equal layouts."""
+    """Ranks with equal layouts; `places` are those of their tensors in the common table."""
 
-    layout: Layout
+    holdings: Holdings
     ranks: list[int]
-    places: dict[str, int]
+    places: Ints
 
 
 class _Part(NamedTuple):
-    """A box, and which groups of alike ranks hold it, the one with the lowest rank first."""
+    """A box of a tensor, which has the place `place` at its rank and `common` in all ranks' table."""
 
+    place: int
+    common: int
     tensor: Tensor
     box: Box
-    holders: tuple[int, ...]
     bytes: int
 
 
@@ -67,103 +70,182 @@ def split(layouts: Sequence[Layout], chunk_bytes: int) -> SplitPlan:
     Raises:
         LayoutError: ranks disagree about a tensor, or hold boxes that overlap without being equal.
     """
-    alike, digests = _alike_ranks(layouts)
-    parts = _collect(alike)
-    _check_disjoint(parts, alike)
-    shares: list[list[tuple[str, Box]]] = [[] for _ in layouts]
-    shared: dict[tuple[int, ...], list[_Part]] = {}
-    for part in parts:
-        if _is_replicated(part, alike):
-            shared.setdefault(part.holders, []).append(part)
-        else:
-            shares[alike[part.holders[0]].ranks[0]].append((part.tensor.fqn, part.box))
-    for holders, group in shared.items():
-        ranks = sorted(rank for number in holders for rank in alike[number].ranks)
-        _share_out(group, ranks, chunk_bytes, shares)
-    places = {rank: group.places for group in alike for rank in group.ranks}
-    return SplitPlan(
-        digest=xxhash.xxh3_128_hexdigest(msgspec.msgpack.encode((_RULES, chunk_bytes, digests))),
-        shares=tuple(_in_order(rows, places[rank]) for rank, rows in enumerate(shares)),
-    )
-
-
-def _alike_ranks(layouts: Sequence[Layout]) -> tuple[list[_Alike], list[str]]:
-    known: dict[int, str] = {}  # by identity: callers pass one object for equal layouts
-    groups: dict[str, _Alike] = {}
-    digests = []
+    known: dict[int, Holdings] = {}  # by identity: callers pass one object for equal layouts
     for rank, layout in enumerate(layouts):
-        digest = known.get(id(layout)) or known.setdefault(id(layout), layout.digest())
-        digests.append(digest)
-        if digest in groups:
-            groups[digest].ranks.append(rank)
-        else:
-            places = {held.tensor.fqn: place for place, held in enumerate(layout.held)}
-            if len(places) < len(layout.held):
-                raise LayoutError(f"rank {rank} holds two tensors of one name", ranks=(rank,))
-            groups[digest] = _Alike(layout, [rank], places)
-    return list(groups.values()), digests
+        if id(layout) not in known:
+            known[id(layout)] = Holdings.of(layout, rank)
+    splitter = Splitter([known[id(layout)] for layout in layouts], chunk_bytes)
+    return SplitPlan(splitter.digest, tuple(map(splitter.share, range(len(layouts)))))
 
 
-def _collect(alike: Sequence[_Alike]) -> list[_Part]:
-    """Return the distinct boxes of all tensors, by FQN and then by first element."""
-    tensors: dict[str, tuple[Tensor, int, dict[Box, tuple[int, ...]]]] = {}
-    for number, group in enumerate(alike):
-        alone = (number,)  # one object for the many boxes that nobody else holds
-        for held in group.layout.held:
-            tensor, rank = held.tensor, group.ranks[0]
-            first, first_rank, boxes = tensors.setdefault(tensor.fqn, (tensor, rank, {}))
-            if first is not tensor:
-                check_same(first, first_rank, tensor, rank)
-            for box in held.boxes:
-                holders = boxes.get(box, ())
-                if len(box.start) != len(tensor.shape):
-                    _refuse_outside(tensor, box, rank)
-                if number in holders[-1:]:
-                    _refuse(tensor.fqn, (box, rank), (box, rank))
-                boxes[box] = (*holders, number) if holders else alone
-    return [
-        _Part(tensor, box, holders, size * tensor.itemsize)
-        for _, (tensor, _, boxes) in sorted(tensors.items())
-        for box, holders in sorted(boxes.items(), key=lambda item: item[0].start)
-        if (size := box.volume)
-    ]
+class Splitter:
+    """The same, for a rank that wants its own share only. Takes memory for the boxes of all ranks.
+
+    Attributes:
+        digest: of all that the plan follows from.
+    """
+
+    def __init__(self, holdings: Sequence[Holdings], chunk_bytes: int) -> None:
+        """Look at what all ranks hold, in rank order; equal ones should be one object.
+
+        Raises:
+            LayoutError: ranks disagree about a tensor, or hold boxes that overlap without being
+                equal.
+        """
+        digests = [held.digest for held in holdings]
+        self.digest = xxhash.xxh3_128_hexdigest(
+            msgspec.msgpack.encode((_RULES, chunk_bytes, digests))
+        )
+        self._chunk_bytes = chunk_bytes
+        self._alike, tensors = _alike_ranks(holdings)
+        self._group_of = {rank: g for g, alike in enumerate(self._alike) for rank in alike.ranks}
+        dims_of = np.array([len(t.shape) for t in tensors], np.int64)
+        rows = held_rows(
+            [alike.holdings for alike in self._alike], [a.places for a in self._alike], dims_of
+        )
+        self._boxes = [_Boxes(found, self._alike, tensors) for found in rows]
+
+    def share(self, rank: int) -> Share:
+        """Return what a rank writes."""
+        group = self._group_of[rank]
+        own: list[tuple[int, Box]] = []
+        shared: dict[tuple[int, ...], list[_Part]] = {}
+        for boxes in self._boxes:
+            for part, holders in boxes.of(group):
+                if boxes.is_replicated(part, holders, self._alike):
+                    shared.setdefault(holders, []).append(part)
+                elif rank == self._alike[holders[0]].ranks[0]:
+                    own.append((part.place, part.box))
+        for holders, parts in shared.items():
+            ranks = sorted(r for number in holders for r in self._alike[number].ranks)
+            parts.sort(key=lambda part: (part.tensor.fqn, part.box.start))
+            own += _share_of(parts, len(ranks), ranks.index(rank), self._chunk_bytes)
+        return tuple(sorted(own, key=lambda row: (row[0], row[1].start)))
 
 
-def _refuse_outside(tensor: Tensor, box: Box, rank: int) -> NoReturn:
-    raise LayoutError(
-        f"{tensor.fqn}: box {box} of rank {rank} outside of shape {tensor.shape}",
-        fqn=tensor.fqn,
-        ranks=(rank,),
-    )
+class _Boxes:
+    """All boxes of one number of dimensions: which are equal, and who holds them."""
 
+    def __init__(self, rows: Rows, alike: Sequence[_Alike], tensors: Sequence[Tensor]) -> None:
+        self._rows = rows
+        self._alike = alike
+        self._first = np.searchsorted(rows.owner, np.arange(len(alike) + 1))
+        self._order, is_new = _sort_equal(rows)
+        self._starts = np.flatnonzero(np.append(is_new, True))
+        self._number = np.empty(len(is_new), np.int64)
+        self._number[self._order] = np.cumsum(is_new) - 1
+        self._check_twice(tensors, is_new)
+        self._check_disjoint(tensors)
 
-def _check_disjoint(parts: Sequence[_Part], alike: Sequence[_Alike]) -> None:
-    """Check that each box lies in its tensor and touches no other box of it."""
-    by_tensor = [list(group) for _, group in groupby(parts, key=lambda part: part.tensor.fqn)]
-    tensors = [group[0].tensor for group in by_tensor]
-    boxes = [
-        (number, part.holders[0], part.box)
-        for number, group in enumerate(by_tensor)
-        for part in group
-    ]
-    for rows in box_rows(boxes):
+    def of(self, group: int) -> list[tuple[_Part, tuple[int, ...]]]:
+        """Return the boxes of a group of ranks, and of each the groups that hold it."""
+        first, last = self._first[group], self._first[group + 1]
+        tensors = self._alike[group].holdings.tensors
+        sizes = self._rows.volume[first:last].tolist()
+        numbers = self._number[first:last]
+        begins, ends = self._starts[numbers].tolist(), self._starts[numbers + 1].tolist()
+        alone: tuple[int, ...] = (group,)
+        found = []
+        for row, place, size, a, b in zip(
+            range(first, last), self._rows.item[first:last].tolist(), sizes, begins, ends,
+            strict=True,
+        ):  # fmt: skip
+            holders = alone
+            if b - a > 1:
+                holders = tuple(self._rows.owner[self._order[a:b]].tolist())
+            tensor = tensors[place]
+            common = int(self._rows.tensor[row])
+            part = _Part(place, common, tensor, self._rows.at(row), size * tensor.itemsize)
+            found.append((part, holders))
+        return found
+
+    def is_replicated(
+        self, part: _Part, holders: tuple[int, ...], alike: Sequence[_Alike]
+    ) -> bool:  # fmt: skip
+        """Tell whether all holders of a box have the same contents."""
+        if part.tensor.kind in REPLICATED_KINDS:
+            return True
+        return all(
+            bool(alike[g].holdings.is_replicated[alike[g].places == part.common].all())
+            for g in holders
+        )
+
+    def _check_twice(self, tensors: Sequence[Tensor], is_new: npt.NDArray[np.bool_]) -> None:
+        """Refuse a rank that holds a box twice."""
+        owner = self._rows.owner[self._order]
+        twice = np.flatnonzero(~is_new[1:] & (owner[1:] == owner[:-1]))
+        if len(twice):
+            row = int(self._order[twice[0]])
+            one = (self._rows.at(row), self._alike[int(self._rows.owner[row])].ranks[0])
+            _refuse(tensors[int(self._rows.tensor[row])].fqn, one, one)
+
+    def _check_disjoint(self, tensors: Sequence[Tensor]) -> None:
+        """Check that each box lies in its tensor and touches no other box of it."""
+        rows = self._rows.take(np.sort(self._order[self._starts[:-1]]))
         if (row := find_outside(rows, tensors)) is not None:
-            rank = alike[int(rows.owner[row])].ranks[0]
-            _refuse_outside(tensors[int(rows.tensor[row])], rows.at(row), rank)
+            rank = self._alike[int(rows.owner[row])].ranks[0]
+            refuse_outside(tensors[int(rows.tensor[row])], rows.at(row), rank)
         for crowded in find_crowded(rows).tolist():
-            _check_pairs(by_tensor[crowded], alike)
+            held = rows.take(rows.tensor == crowded)
+            _check_pairs(tensors[crowded].fqn, held, self._alike)
 
 
-def _check_pairs(parts: Sequence[_Part], alike: Sequence[_Alike]) -> None:
+def _sort_equal(rows: Rows) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    """Return an order in which equal boxes stand side by side, by owner, and where new ones begin."""
+    names = name_boxes(rows)
+    order = np.argsort(names, kind="stable")
+    sorted_names = names[order]
+    is_new = np.ones(len(order), np.bool_)
+    is_new[1:] = sorted_names[1:] != sorted_names[:-1]
+    one, other = order[np.flatnonzero(~is_new)], order[np.flatnonzero(~is_new) - 1]
+    is_same = (rows.tensor[one] == rows.tensor[other]) & (rows.box[one] == rows.box[other]).all(1)
+    if is_same.all():
+        return order, is_new
+    # Different boxes of one name, once in a great many jobs: compare the numbers themselves.
+    order = np.lexsort((rows.owner, *rows.box.T[::-1], rows.tensor))
+    _, same = same_as_last(rows.take(order))
+    return order, ~same
+
+
+def _alike_ranks(holdings: Sequence[Holdings]) -> tuple[list[_Alike], list[Tensor]]:
+    """Group ranks by what they hold, and merge their tables of tensors."""
+    groups: dict[str, _Alike] = {}
+    merged: dict[str, tuple[int, int, Tensor]] = {}
+    places: dict[int, Ints] = {}  # by the identity of a table, which ranks share
+    for rank, held in enumerate(holdings):
+        if held.digest in groups:
+            groups[held.digest].ranks.append(rank)
+            continue
+        if id(held.tensors) not in places:
+            places[id(held.tensors)] = _merge(merged, held.tensors, rank)
+        groups[held.digest] = _Alike(held, [rank], places[id(held.tensors)])
+    return list(groups.values()), [tensor for _, _, tensor in merged.values()]
+
+
+def _merge(
+    merged: dict[str, tuple[int, int, Tensor]], tensors: Sequence[Tensor], rank: int
+) -> Ints:
+    if len({tensor.fqn for tensor in tensors}) < len(tensors):
+        raise LayoutError(f"rank {rank} holds two tensors of one name", ranks=(rank,))
+    places = []
+    for tensor in tensors:
+        place, first_rank, first = merged.setdefault(tensor.fqn, (len(merged), rank, tensor))
+        if first is not tensor:
+            check_same(first, first_rank, tensor, rank)
+        places.append(place)
+    return np.array(places, np.int64)
+
+
+def _check_pairs(fqn: str, rows: Rows, alike: Sequence[_Alike]) -> None:
     """Compare box with box, for the few tensors that planes do not part."""
-    active: list[_Part] = []
-    for part in parts:  # sorted by first element, so by first row
-        active = [other for other in active if other.box.stop[0] > part.box.start[0]]
+    found = [(rows.at(i), alike[int(owner)].ranks[0]) for i, owner in enumerate(rows.owner)]
+    active: list[tuple[Box, int]] = []
+    for box, rank in sorted(found, key=lambda row: row[0].start):
+        active = [other for other in active if other[0].stop[0] > box.start[0]]
         for other in active:
-            if other.box.intersect(part.box):
-                one, two = ((p.box, alike[p.holders[0]].ranks[0]) for p in (other, part))
-                _refuse(part.tensor.fqn, one, two)
-        active.append(part)
+            if other[0].intersect(box):
+                _refuse(fqn, other, (box, rank))
+        active.append((box, rank))
 
 
 def _refuse(fqn: str, one: tuple[Box, int], two: tuple[Box, int]) -> NoReturn:
@@ -175,41 +257,32 @@ def _refuse(fqn: str, one: tuple[Box, int], two: tuple[Box, int]) -> NoReturn:
     )
 
 
-def _is_replicated(part: _Part, alike: Sequence[_Alike]) -> bool:
-    if part.tensor.kind in REPLICATED_KINDS:
-        return True
-    groups = (alike[number] for number in part.holders)
-    return all(g.layout.held[g.places[part.tensor.fqn]].is_replicated for g in groups)
-
-
-def _share_out(
-    parts: Sequence[_Part],
-    ranks: Sequence[int],
-    chunk_bytes: int,
-    shares: list[list[tuple[str, Box]]],
-) -> None:
-    """Lay `parts` end to end and give each rank one range of about equal bytes."""
-    if len(ranks) == 1:
-        shares[ranks[0]].extend((part.tensor.fqn, part.box) for part in parts)
-        return
+def _share_of(
+    parts: Sequence[_Part], holders: int, number: int, chunk_bytes: int
+) -> list[tuple[int, Box]]:
+    """Lay `parts` end to end, give each holder one range of about equal bytes, return one's."""
+    if holders == 1:
+        return [(part.place, part.box) for part in parts]
     total = sum(part.bytes for part in parts)
-    granule_bytes = _granule_bytes(total // len(ranks), chunk_bytes)
+    granule_bytes = _granule_bytes(total // holders, chunk_bytes)
+    mine: list[tuple[int, Box]] = []
     at = 0
     for part in parts:
         end = at + part.bytes
-        first, last = at * len(ranks) // total, (end * len(ranks) - 1) // total
-        if first == last:
-            shares[ranks[first]].append((part.tensor.fqn, part.box))
-            at = end
-            continue
-        given: dict[int, list[Box]] = {}
-        for box in part.box.cut(max(1, granule_bytes // part.tensor.itemsize)):
-            size = box.volume * part.tensor.itemsize
-            holder = (2 * at + size) * len(ranks) // (2 * total)
-            given.setdefault(holder, []).append(box)
-            at += size
-        for holder, boxes in given.items():
-            shares[ranks[holder]].extend((part.tensor.fqn, box) for box in merge_runs(boxes))
+        first, last = at * holders // total, (end * holders - 1) // total
+        if first == last == number:
+            mine.append((part.place, part.box))
+        elif first != last and first <= number <= last:
+            boxes = []
+            begin = at
+            for box in part.box.cut(max(1, granule_bytes // part.tensor.itemsize)):
+                size = box.volume * part.tensor.itemsize
+                if (2 * begin + size) * holders // (2 * total) == number:
+                    boxes.append(box)
+                begin += size
+            mine += [(part.place, box) for box in merge_runs(boxes)]
+        at = end
+    return mine
 
 
 def _granule_bytes(share_bytes: int, chunk_bytes: int) -> int:
@@ -239,8 +312,3 @@ def _union(one: Box, two: Box) -> Box | None:
     if len(differs) == 1 and one.stop[differs[0]] == two.start[differs[0]]:
         return Box(one.start, two.stop)
     return None
-
-
-def _in_order(rows: Iterable[tuple[str, Box]], places: dict[str, int]) -> Share:
-    numbered = [(places[fqn], box) for fqn, box in rows]
-    return tuple(sorted(numbered, key=lambda row: (row[0], row[1].start)))

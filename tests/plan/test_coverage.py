@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.plan.coverage import prove_coverage
-from ckptd.plan.rows import Rows, box_rows, find_crowded
+from ckptd.plan.rows import Rows, column_rows, find_crowded
 from ckptd.plan.split import split, whole_share
 from tests.plan import layouts as make
 
@@ -192,6 +193,14 @@ def test_a_large_mesh_is_proven_and_one_lost_shard_is_found(seed):
     assert str(shards[lost]) in str(caught.value)
 
 
+def rows_of(boxes: Sequence[Box]) -> Rows:
+    numbers = np.array([n for box in boxes for n in (*box.start, *box.stop)])
+    tensor = np.full(len(boxes), 5)
+    dims_of = np.full(6, len(boxes[0].start))
+    (rows,) = column_rows([(0, tensor, np.arange(len(boxes)), numbers)], dims_of)
+    return rows
+
+
 def test_boxes_that_planes_part_only_after_several_rounds_are_not_crowded():
     """A staircase: each plane parts one box from the rest, in alternating directions."""
     boxes, rest = [], Box((0, 0), (64, 64))
@@ -200,9 +209,9 @@ def test_boxes_that_planes_part_only_after_several_rounds_are_not_crowded():
         at = rest.start[d] + 1
         boxes.append(Box(rest.start, tuple(at if i == d else n for i, n in enumerate(rest.stop))))
         rest = Box(tuple(at if i == d else n for i, n in enumerate(rest.start)), rest.stop)
-    (rows,) = box_rows([(5, 0, box) for box in (*boxes, rest)])
+    rows = rows_of((*boxes, rest))
     assert not len(find_crowded(rows))
-    (rows,) = box_rows([(5, 0, box) for box in (*boxes, rest, rest)])
+    rows = rows_of((*boxes, rest, rest))
     assert find_crowded(rows).tolist() == [5]
 
 

@@ -1,0 +1,176 @@
+"""What a rank holds, as arrays: a job of 1,024 ranks has layouts of millions of boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ckptd.errors import LayoutError
+from ckptd.model.box import Box
+from ckptd.model.tensor import REPLICATED_KINDS, Layout, Tensor
+from ckptd.plan.rows import Rows, column_rows
+from ckptd.plan.table import Ints
+
+Names = npt.NDArray[np.uint64]
+
+
+class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    digest: str
+    counts: bytes
+    boxes: bytes
+    is_replicated: bytes
+
+
+class Holdings(NamedTuple):
+    """A layout without its devices and aliases.
+
+    `counts` says how many boxes the rank holds of each of `tensors`; `boxes` has the starts and then
+    the stops of each box, one after the other. Ranks whose tensors are the same share `tensors`.
+    """
+
+    digest: str
+    tensors: tuple[Tensor, ...]
+    counts: Ints
+    boxes: Ints
+    is_replicated: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, layout: Layout, rank: int = 0) -> Holdings:
+        """Return the holdings of a layout; `rank` is for the message.
+
+        Raises:
+            LayoutError: a box has other dimensions than its tensor.
+        """
+        for held in layout.held:
+            for box in held.boxes:
+                if len(box.start) != len(held.tensor.shape):
+                    refuse_outside(held.tensor, box, rank)
+        flat = [n for h in layout.held for box in h.boxes for n in (*box.start, *box.stop)]
+        return cls(
+            layout.digest(),
+            tuple(held.tensor for held in layout.held),
+            np.array([len(held.boxes) for held in layout.held], np.int64),
+            np.array(flat, np.int64),
+            np.array([held.is_replicated for held in layout.held], np.bool_),
+        )
+
+    def table(self) -> bytes:
+        """Return the tensors in a form for other ranks, who may be on other devices."""
+        rows = [(t.fqn, t.dtype, t.shape, t.kind, t.requires_grad, "") for t in self.tensors]
+        return msgspec.msgpack.encode(rows)
+
+    def pack(self) -> bytes:
+        """Return all but the tensors in a form for other ranks."""
+        columns = (self.counts.astype("<i8"), self.boxes.astype("<i8"))
+        packed = [column.tobytes() for column in columns]
+        return msgspec.msgpack.encode(
+            _Wire(self.digest, packed[0], packed[1], self.is_replicated.tobytes())
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, tensors: tuple[Tensor, ...]) -> Holdings:
+        """Undo `pack`.
+
+        Raises:
+            ValueError: these are no holdings of these tensors.
+        """
+        wire = msgspec.msgpack.decode(data, type=_Wire)
+        counts, boxes = (np.frombuffer(part, "<i8") for part in (wire.counts, wire.boxes))
+        found = cls(
+            wire.digest, tensors, counts.astype(np.int64), boxes.astype(np.int64),
+            np.frombuffer(wire.is_replicated, np.bool_),
+        )  # fmt: skip
+        if not len(tensors) == len(counts) == len(found.is_replicated) or (counts < 0).any():
+            raise ValueError("holdings of other tensors")
+        dims = np.array([len(t.shape) for t in tensors], np.int64)
+        if int((2 * dims * found.counts).sum()) != len(boxes):
+            raise ValueError("holdings whose boxes do not fit their tensors")
+        return found
+
+
+def decode_table(data: bytes) -> tuple[Tensor, ...]:
+    """Undo `Holdings.table`.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return msgspec.msgpack.decode(data, type=tuple[Tensor, ...])
+
+
+def held_rows(holdings: Sequence[Holdings], places: Sequence[Ints], dims_of: Ints) -> list[Rows]:
+    """Return all boxes that are not empty, of one number of dimensions at a time.
+
+    `places` has the place of each tensor in a common table. A row's `owner` is the place of its
+    holdings, its `item` that of the tensor in them.
+    """
+    parts = []
+    for owner, (held, there) in enumerate(zip(holdings, places, strict=True)):
+        item = np.repeat(np.arange(len(held.tensors)), held.counts)
+        parts.append((owner, there[item], item, held.boxes))
+    return list(column_rows(parts, dims_of))
+
+
+def name_boxes(rows: Rows) -> Names:
+    """Return 64 bits for each row that are equal for equal boxes of a tensor, and hardly else."""
+    name = _mix(rows.tensor.astype(np.uint64))
+    for column in rows.box.T:
+        name = _mix(name ^ column.astype(np.uint64))
+    return name
+
+
+def name_holdings(held: Holdings, tensor_names: Names) -> Names:
+    """Return 64 bits for each tensor that are equal where ranks hold the same boxes of it.
+
+    0 for tensors whose contents need no comparing: a placement vouches for them, or nobody shares
+    them out, or there are none. `tensor_names` are of `name_tensors`.
+    """
+    is_shared = np.array([t.kind in REPLICATED_KINDS for t in held.tensors], np.bool_)
+    names = tensor_names.copy()
+    dims = np.array([len(t.shape) for t in held.tensors], np.int64)
+    numbers = np.repeat(np.arange(len(held.tensors)), 2 * dims * held.counts)
+    elements = np.zeros(len(names), np.int64)
+    for rows in held_rows([held], [np.arange(len(names))], dims):
+        np.add.at(elements, rows.item, rows.volume)
+    # A sum of what each number is mixed with its position: order matters, loops do not.
+    position = np.arange(len(numbers)) - np.repeat(
+        np.cumsum(2 * dims * held.counts) - 2 * dims * held.counts, 2 * dims * held.counts
+    )
+    mixed = _mix(_mix(position.astype(np.uint64)) ^ held.boxes.astype(np.uint64))
+    np.add.at(names, numbers, mixed)
+    names = _mix(names) | np.uint64(1)
+    names[~is_shared | held.is_replicated | (elements == 0)] = 0
+    named: Names = names
+    return named
+
+
+def name_tensors(tensors: Sequence[Tensor]) -> Names:
+    """Return 64 bits for each name of a tensor."""
+    return np.array([xxhash.xxh3_64_intdigest(t.fqn.encode()) for t in tensors], np.uint64)
+
+
+def refuse_outside(tensor: Tensor, box: Box, rank: int) -> None:
+    """Raise for a box that is none of its tensor.
+
+    Raises:
+        LayoutError: always.
+    """
+    raise LayoutError(
+        f"{tensor.fqn}: box {box} of rank {rank} outside of shape {tensor.shape}",
+        fqn=tensor.fqn,
+        ranks=(rank,),
+    )
+
+
+def _mix(values: Names) -> Names:
+    """Spread bits; the finisher of MurmurHash3 (public domain, Austin Appleby)."""
+    values = values ^ (values >> np.uint64(33))
+    values = values * np.uint64(0xFF51AFD7ED558CCD)
+    values = values ^ (values >> np.uint64(33))
+    values = values * np.uint64(0xC4CEB9FE1A85EC53)
+    mixed: Names = values ^ (values >> np.uint64(33))
+    return mixed
