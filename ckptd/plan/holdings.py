@@ -73,33 +73,40 @@ class Holdings(NamedTuple):
         )
 
     @classmethod
-    def unpack(cls, data: bytes, tensors: tuple[Tensor, ...]) -> Holdings:
+    def unpack(cls, data: bytes, table: TensorTable) -> Holdings:
         """Undo `pack`.
 
         Raises:
             ValueError: these are no holdings of these tensors.
         """
         wire = msgspec.msgpack.decode(data, type=_Wire)
-        counts, boxes = (np.frombuffer(part, "<i8") for part in (wire.counts, wire.boxes))
-        found = cls(
-            wire.digest, tensors, counts.astype(np.int64), boxes.astype(np.int64),
-            np.frombuffer(wire.is_replicated, np.bool_),
-        )  # fmt: skip
-        if not len(tensors) == len(counts) == len(found.is_replicated) or (counts < 0).any():
+        counts, boxes = (
+            np.frombuffer(part, "<i8").astype(np.int64, copy=False)
+            for part in (wire.counts, wire.boxes)
+        )
+        is_replicated = np.frombuffer(wire.is_replicated, np.bool_)
+        if not len(table.dims) == len(counts) == len(is_replicated) or (counts < 0).any():
             raise ValueError("holdings of other tensors")
-        dims = np.array([len(t.shape) for t in tensors], np.int64)
-        if int((2 * dims * found.counts).sum()) != len(boxes):
+        if int((2 * table.dims * counts).sum()) != len(boxes):
             raise ValueError("holdings whose boxes do not fit their tensors")
-        return found
+        return cls(wire.digest, table.tensors, counts, boxes, is_replicated)
 
 
-def decode_table(data: bytes) -> tuple[Tensor, ...]:
-    """Undo `Holdings.table`.
+class TensorTable(NamedTuple):
+    """Tensors that several ranks hold parts of; `dims` are their numbers of dimensions."""
 
-    Raises:
-        ValueError: it is none.
-    """
-    return msgspec.msgpack.decode(data, type=tuple[Tensor, ...])
+    tensors: tuple[Tensor, ...]
+    dims: Ints
+
+    @classmethod
+    def unpack(cls, data: bytes) -> TensorTable:
+        """Undo `Holdings.table`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        tensors = msgspec.msgpack.decode(data, type=tuple[Tensor, ...])
+        return cls(tensors, np.array([len(t.shape) for t in tensors], np.int64))
 
 
 def held_rows(holdings: Sequence[Holdings], places: Sequence[Ints], dims_of: Ints) -> list[Rows]:
@@ -132,14 +139,13 @@ def name_holdings(held: Holdings, tensor_names: Names) -> Names:
     is_shared = np.array([t.kind in REPLICATED_KINDS for t in held.tensors], np.bool_)
     names = tensor_names.copy()
     dims = np.array([len(t.shape) for t in held.tensors], np.int64)
-    numbers = np.repeat(np.arange(len(held.tensors)), 2 * dims * held.counts)
+    lengths = 2 * dims * held.counts
+    numbers = np.repeat(np.arange(len(held.tensors)), lengths)
     elements = np.zeros(len(names), np.int64)
     for rows in held_rows([held], [np.arange(len(names))], dims):
         np.add.at(elements, rows.item, rows.volume)
     # A sum of what each number is mixed with its position: order matters, loops do not.
-    position = np.arange(len(numbers)) - np.repeat(
-        np.cumsum(2 * dims * held.counts) - 2 * dims * held.counts, 2 * dims * held.counts
-    )
+    position = np.arange(len(numbers)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     mixed = _mix(_mix(position.astype(np.uint64)) ^ held.boxes.astype(np.uint64))
     np.add.at(names, numbers, mixed)
     names = _mix(names) | np.uint64(1)

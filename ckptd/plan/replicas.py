@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from ckptd.errors import ReplicaMismatchError
 from ckptd.model.box import Box
+from ckptd.plan.holdings import Holdings, Names, name_holdings, name_tensors
 from ckptd.plan.table import join_ranks
 
-Part = TypeVar("Part", Box, tuple[Box, ...])
+Part = TypeVar("Part", Box, tuple[Box, ...], int)
 
 
 def check_replicas(rows: Sequence[tuple[int, Mapping[tuple[str, Part], int]]]) -> None:
-    """Compare the fingerprints that ranks give for what they hold, keyed by FQN and box or boxes.
+    """Compare the fingerprints that ranks give for what they hold, keyed by FQN and part.
 
-    Zero means "not sampled" and agrees with everything. Equal fingerprints are samples: they do not
+    A part is a box, several, or a number that stands for them. Zero means "not sampled" and agrees with everything. Equal fingerprints are samples: they do not
     prove equal contents.
 
     Raises:
@@ -31,6 +34,31 @@ def check_replicas(rows: Sequence[tuple[int, Mapping[tuple[str, Part], int]]]) -
     if suspects:
         fqn, part = min(suspects, key=str)
         _refuse(fqn, _groups(rows, (fqn, part)), others=len({fqn for fqn, _ in suspects}) - 1)
+
+
+def common_parts(rows: Sequence[tuple[Holdings, int]]) -> list[dict[int, tuple[str, int]]]:
+    """Find what several ranks hold alike, and what nothing but samples can show to be equal.
+
+    Each row is what some ranks hold, and how many they are. Returns for each row, by the place of a
+    tensor, its FQN and a number that stands for the boxes of it: the keys of `check_replicas`.
+    """
+    of_tables: dict[int, Names] = {}  # by the identity of a table, which ranks share
+    named = []
+    for held, _ in rows:
+        if id(held.tensors) not in of_tables:
+            of_tables[id(held.tensors)] = name_tensors(held.tensors)
+        named.append(name_holdings(held, of_tables[id(held.tensors)]))
+    weights = np.repeat([count for _, count in rows], [len(names) for names in named])
+    found, place = np.unique(np.concatenate(named), return_inverse=True)
+    ranks = np.bincount(place.reshape(-1), weights=weights)
+    common = found[(ranks > 1) & (found != 0)]
+    return [
+        {
+            i: (held.tensors[i].fqn, int(names[i]))
+            for i in np.flatnonzero(np.isin(names, common)).tolist()
+        }
+        for (held, _), names in zip(rows, named, strict=True)
+    ]
 
 
 def _groups(

@@ -51,7 +51,9 @@ class Rows(NamedTuple):
     @property
     def volume(self) -> Ints:
         """The number of elements of each."""
-        volume: Ints = np.prod(self.stop - self.start, axis=1, dtype=np.int64)
+        volume = np.ones(len(self.tensor), np.int64)
+        for d in range(self.dims):
+            volume *= self.stop[:, d] - self.start[:, d]
         return volume
 
     def take(self, which: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Rows:
@@ -94,6 +96,15 @@ def column_rows(
     found: dict[int, list[Rows]] = {}
     for owner, tensor, item, boxes in parts:
         dims = dims_of[tensor]
+        if not len(dims):
+            continue
+        d = int(dims[0])
+        if (dims == d).all():  # nearly always, and then nothing has to be looked for
+            whole = np.broadcast_to(np.int64(owner), len(tensor))
+            found.setdefault(d, []).append(
+                Rows(tensor, whole, item, boxes.reshape(len(tensor), 2 * d))
+            )
+            continue
         first = np.cumsum(2 * dims) - 2 * dims
         for d in np.unique(dims).tolist():
             which = np.flatnonzero(dims == d)
@@ -110,11 +121,12 @@ def column_rows(
 def find_outside(rows: Rows, tensors: Sequence[Tensor]) -> int | None:
     """Return the first row that is no box of its tensor, or None."""
     shapes = np.zeros((len(tensors), rows.dims), np.int64)
-    for place in np.unique(rows.tensor).tolist():
+    for place in np.flatnonzero(np.bincount(rows.tensor)).tolist():
         shapes[place] = tensors[place].shape
-    is_inside = (
-        (rows.start >= 0) & (rows.start <= rows.stop) & (rows.stop <= shapes[rows.tensor])
-    ).all(axis=1)
+    is_inside = np.ones(len(rows.tensor), np.bool_)
+    for d in range(rows.dims):  # a column at a time: a third of the memory
+        start, stop = rows.start[:, d], rows.stop[:, d]
+        is_inside &= (start >= 0) & (start <= stop) & (stop <= shapes[:, d][rows.tensor])
     return None if is_inside.all() else int(np.argmin(is_inside))
 
 

@@ -18,10 +18,10 @@ import xxhash
 import zstandard
 
 from ckptd.errors import LayoutError, MeetingError
-from ckptd.model.box import Box
-from ckptd.model.tensor import REPLICATED_KINDS, Layout
-from ckptd.plan.replicas import check_replicas
-from ckptd.plan.split import Share, split
+from ckptd.model.tensor import Layout
+from ckptd.plan.holdings import Holdings, TensorTable, name_holdings, name_tensors
+from ckptd.plan.replicas import check_replicas, common_parts
+from ckptd.plan.split import Share, Splitter, split
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.rounds import (
     AgreementState,
@@ -38,9 +38,6 @@ from ckptd.trainer.rounds import (
 )
 
 _T = TypeVar("_T")
-
-Place = tuple[str, tuple[Box, ...]]
-"""What a rank holds of a tensor: its FQN and the boxes."""
 
 _log = logging.getLogger(__name__)
 
@@ -270,8 +267,13 @@ class Agreement:
         offer = Offer(digest, xxhash.xxh3_128_hexdigest(samples))
         self._samples[round_] = offer.samples
         if digest != self._shared_layout:
-            packed = zstandard.compress(msgspec.msgpack.encode(layout))
-            self._meeting.share(f"layout/{digest}", packed)
+            held = Holdings.of(layout, self._meeting.rank)
+            table = held.table()
+            name = xxhash.xxh3_128_hexdigest(table)
+            # The table first, which most ranks have in common: what refers to it is there later.
+            self._meeting.share(f"tensors/{name}", zstandard.compress(table))
+            value = msgspec.msgpack.encode((name, held.pack()))
+            self._meeting.share(f"layout/{digest}", zstandard.compress(value))
             self._shared_layout = digest
         self._meeting.share(f"samples/{round_}/{offer.samples}", zstandard.compress(samples))
         self._meeting.publish(f"offer/{round_}", msgspec.msgpack.encode(offer))
@@ -289,7 +291,8 @@ class Agreement:
         layouts = self._fetch_layouts({offer.layout for offer in offers})
         try:
             self._compare(round_, offers, layouts)
-            plan = split([layouts[offer.layout] for offer in offers], self._chunk_bytes)
+            plan = Splitter([layouts[offer.layout] for offer in offers], self._chunk_bytes)
+            share = plan.share(self._meeting.rank)
         except LayoutError as error:
             with self._changed:
                 self._error = error
@@ -297,16 +300,26 @@ class Agreement:
             return
         with self._changed:
             before = self._agreed
-            self._agreed = {**before, round_: Agreed(plan.digest, plan.shares[self._meeting.rank])}
+            self._agreed = {**before, round_: Agreed(plan.digest, share)}
         self._tell(lambda: self._state.on_planned(round_, plan.digest))
 
-    def _fetch_layouts(self, digests: set[str]) -> dict[str, Layout]:
-        """Return the layouts by digest: one object for equal ones, read once."""
-        layouts = {} if self._own is None else {self._own.digest(): self._own}
-        unknown = sorted(digests - layouts.keys())
-        values = self._fetch([f"layout/{digest}" for digest in unknown])
-        layouts |= {d: _decode(value, Layout) for d, value in zip(unknown, values, strict=True)}
-        return layouts
+    def _fetch_layouts(self, digests: set[str]) -> dict[str, Holdings]:
+        """Return what ranks hold by the digest of their layout: one object for equal ones."""
+        names = sorted(digests)
+        values = self._fetch([f"layout/{digest}" for digest in names])
+        pairs = [_decode(value, tuple[str, bytes]) for value in values]
+        wanted = sorted({table for table, _ in pairs})
+        tables = dict(
+            zip(wanted, self._fetch([f"tensors/{name}" for name in wanted]), strict=True)
+        )  # fmt: skip
+        try:
+            known = {name: TensorTable.unpack(data) for name, data in tables.items()}
+            return {
+                digest: Holdings.unpack(data, known[table])
+                for digest, (table, data) in zip(names, pairs, strict=True)
+            }
+        except (ValueError, msgspec.DecodeError) as error:
+            raise MeetingError(f"a rank published something that is no layout: {error}") from error
 
     def _fetch(self, names: list[str]) -> list[bytes]:
         """Return shared values that offers refer to, unpacked."""
@@ -316,7 +329,7 @@ class Agreement:
                 raise MeetingError(f"{name} is not there, though an offer refers to it")
         return [_unpack(value) for value in values if value is not None]
 
-    def _compare(self, round_: int, offers: list[Offer], layouts: dict[str, Layout]) -> None:
+    def _compare(self, round_: int, offers: list[Offer], layouts: dict[str, Holdings]) -> None:
         """Refuse replicas that differ, reading samples only where ranks hold the same parts.
 
         Raises:
@@ -325,49 +338,28 @@ class Agreement:
         if len(set(offers)) == 1:
             return
         counts = Counter(offer.layout for offer in offers)
-        places = {digest: _places(layouts[digest]) for digest in counts}
-        holders: Counter[Place | None] = Counter()
-        for digest, count in counts.items():
-            holders.update(dict.fromkeys(places[digest], count))
-        common = {place for place, count in holders.items() if place and count > 1}
-        involved = {offer for offer in offers if not common.isdisjoint(places[offer.layout])}
+        common = common_parts([(layouts[digest], count) for digest, count in counts.items()])
+        parts = dict(zip(counts, common, strict=True))
+        involved = {offer for offer in offers if parts[offer.layout]}
         digests = sorted({offer.samples for offer in involved})
         contents = self._fetch([f"samples/{round_}/{digest}" for digest in digests])
         samples = dict(zip(digests, contents, strict=True))
         rows = {
-            offer: _select(places[offer.layout], samples[offer.samples], common)
+            offer: {
+                part: int.from_bytes(samples[offer.samples][8 * i : 8 * i + 8], "little")
+                for i, part in parts[offer.layout].items()
+            }
             for offer in involved
         }
         check_replicas([(rank, rows.get(offer, {})) for rank, offer in enumerate(offers)])
-
-
-def _select(places: list[Place | None], samples: bytes, common: set[Place]) -> dict[Place, int]:
-    """Return the samples of the places that several ranks hold."""
-    fingerprints = np.frombuffer(samples, "<u8").tolist()
-    return {
-        place: fingerprint
-        for place, fingerprint in zip(places, fingerprints, strict=True)
-        if place is not None and place in common
-    }
-
-
-def _places(layout: Layout) -> list[Place | None]:
-    """Name each held tensor whose contents only the ranks' samples can vouch for; else None."""
-    return [
-        (held.tensor.fqn, held.boxes)
-        if held.tensor.kind in REPLICATED_KINDS
-        and not held.is_replicated
-        and any(box.volume for box in held.boxes)
-        else None
-        for held in layout.held
-    ]
 
 
 def _comparable(layout: Layout, fingerprints: bytes) -> bytes:
     """Return 8 bytes for each held tensor: its fingerprint, or zeros where none is compared."""
     samples = np.zeros(len(layout.held), "<u8")
     if fingerprints:
-        is_compared = np.array([place is not None for place in _places(layout)], bool)
+        held = Holdings.of(layout)
+        is_compared = name_holdings(held, name_tensors(held.tensors)) != 0
         samples[is_compared] = np.frombuffer(fingerprints, "<u8")[is_compared]
     return samples.tobytes()
 
