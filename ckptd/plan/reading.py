@@ -93,19 +93,17 @@ def plan_reads(wanted: Sequence[Wanted], manifests: Sequence[RankManifest]) -> l
     return [ChunkRead(chunk, tuple(regions)) for chunk, regions in reads.values()]
 
 
-def needs_others(wanted: Sequence[Wanted], own: RankManifest) -> bool:
-    """Tell whether a rank must look into other ranks' manifests than its own for this.
+def may_suffice(manifests: Sequence[RankManifest], world_size: int) -> bool:
+    """Tell whether these may be planned with, though other ranks stored something too.
 
-    Also true where it stored a buffer that a lower rank may have stored too.
+    Ranks with a plan stored nothing twice, so what these hold nobody else does. Where a rank wrote
+    without one, buffers must come from the lowest that stored them, which only all records show.
     """
-    try:
-        plan_reads(wanted, [own])
-    except LayoutError:
-        return True
-    if own.plan is not None or own.rank == 0:
-        return False
-    kinds = {tensor.fqn: tensor.kind for tensor in own.tensors}
-    return any(kinds[own.aliases.get(fqn, fqn)] not in REPLICATED_KINDS for fqn, _ in wanted)
+    return (
+        len(manifests) == world_size
+        or all(m.plan is not None for m in manifests)
+        or [m.rank for m in manifests] == [0]
+    )
 
 
 def _resolve(wanted: Sequence[Wanted], table: Table, aliases: dict[str, str]) -> list[int]:

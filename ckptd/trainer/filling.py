@@ -12,9 +12,10 @@ from ckptd.model.box import Box
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest, Tree
 from ckptd.pipeline.catalog import read_manifest, read_rank, read_ranks
+from ckptd.pipeline.ranks import RankReader
 from ckptd.pipeline.read import Put, plain_buffer, read_chunks
 from ckptd.pipeline.threads import usable_cores
-from ckptd.plan.reading import ChunkRead, Region, Wanted, plan_reads
+from ckptd.plan.reading import ChunkRead, Region, Wanted, may_suffice, plan_reads
 from ckptd.store.base import Store
 from ckptd.trainer import rng
 from ckptd.trainer.pinning import pinned_buffer
@@ -70,6 +71,7 @@ class Filling:
         self._manifest: Manifest | None = None
         self._plan: RestorePlan | None = None
         self._reads: list[ChunkRead] = []
+        self._reader = RankReader()
         self._values: dict[str, Tree] = {}
         self._restored: dict[str, Any] = {}
         self._surplus: tuple[str, ...] = ()
@@ -84,7 +86,8 @@ class Filling:
         """
         request = self._request
         manifest = self._manifest = read_manifest(self._store, id_)
-        own = read_rank(self._store, manifest, min(request.rank, manifest.world_size - 1))
+        own_rank = min(request.rank, manifest.world_size - 1)
+        own = read_rank(self._store, manifest, own_rank, self._reader)
         self._values = self._choose_values(manifest, own)
         tensors = {tensor.fqn: tensor for tensor in manifest.tensors}
         restorer = Restorer(
@@ -136,18 +139,29 @@ class Filling:
     def _plan_reads(
         self, manifest: Manifest, own: RankManifest, wanted: list[Wanted]
     ) -> list[ChunkRead]:
-        """Plan with this rank's own record if it holds everything, else with all of them.
-
-        Buffers must come from the lowest rank that stored them, so only a record of rank 0 or of a
-        rank with a plan is enough by itself.
-        """
-        if own.plan is not None or own.rank == 0:
+        """Plan with the records of as few ranks as will do: of this one, of its like, of all."""
+        everyone = range(manifest.world_size)
+        records = {own.rank: own}
+        for near in (range(own.rank, own.rank + 1), self._like(manifest), everyone):
+            more = [rank for rank in near if rank not in records]
+            if len(more) > len(everyone) // 2:  # not worth another try
+                more = [rank for rank in everyone if rank not in records]
+            found = read_ranks(self._store, manifest, more, self._reader)
+            records |= {record.rank: record for record in found}
+            rows = list(records.values())
+            if not may_suffice(rows, len(everyone)):
+                continue
             try:
-                return plan_reads(wanted, [own])
+                return plan_reads(wanted, rows)
             except LayoutError:
-                pass  # others hold the rest
-        others = [rank for rank in range(manifest.world_size) if rank != own.rank]
-        return plan_reads(wanted, [own, *read_ranks(self._store, manifest, others)])
+                if len(rows) == len(everyone):
+                    raise
+        raise AssertionError("unreachable: the last try is with all")
+
+    def _like(self, manifest: Manifest) -> range:
+        """Return the old ranks that stood where this one stands now, by its share of the world."""
+        old, new, rank = manifest.world_size, self._request.world_size, self._request.rank
+        return range(rank * old // new, min(old, -(-(rank + 1) * old // new)))
 
     def _choose_values(self, manifest: Manifest, own: RankManifest) -> dict[str, Tree]:
         """Return this rank's values: its own where it had some, the common ones otherwise."""
@@ -155,7 +169,7 @@ class Filling:
         old_world, rank = manifest.world_size, request.rank
         if old_world == request.world_size:
             return dict(own.values)
-        first = own if own.rank == 0 else read_rank(self._store, manifest, 0)
+        first = own if own.rank == 0 else read_rank(self._store, manifest, 0, self._reader)
         # What is kept per rank is so even where all ranks happened to agree, or where there was one.
         differing = [
             name

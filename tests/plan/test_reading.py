@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ckptd.errors import LayoutError, MissingTensorError, ShapeMismatchError
 from ckptd.model.box import Box
-from ckptd.plan.reading import ChunkRead, Region, Wanted, needs_others, plan_reads
+from ckptd.plan.reading import ChunkRead, Region, Wanted, may_suffice, plan_reads
 from ckptd.plan.split import split, whole_share
 from tests.plan import layouts as make
 
@@ -168,19 +168,10 @@ def test_spans_that_touch_are_merged_and_others_are_not():
     assert spans == [(0, 64), (192, 224)]
 
 
-def test_a_rank_needs_others_only_for_what_it_did_not_store_itself():
-    manifests = stored(sharded((0, 4), (4, 8)))
-    assert not needs_others([Wanted("w", make.rows(4, 8))], manifests[1])
-    assert needs_others([Wanted("w", make.rows(3, 8))], manifests[1])
-    assert needs_others([Wanted("v", make.rows(3, 8))], manifests[1])
-
-
-def test_a_rank_that_stored_a_buffer_without_a_plan_must_look_at_lower_ranks():
-    layouts = sharded((0, 8), (0, 8), kind="buffer")
-    wanted = [Wanted("w", make.rows(0, 8))]
-    unplanned = stored(layouts)
-    assert needs_others(wanted, unplanned[1])
-    assert not needs_others(wanted, unplanned[0])
-    planned = stored(layouts, plan=split(layouts, 1 << 20))
-    assert not needs_others(wanted, planned[0])
-    assert needs_others(wanted, planned[1])
+def test_a_few_records_may_suffice_where_nothing_was_stored_twice():
+    layouts = sharded((0, 8), (0, 8), (0, 8), kind="buffer")
+    unplanned, planned = stored(layouts), stored(layouts, plan=split(layouts, 1 << 20))
+    for records in (planned[:1], planned[1:], planned, unplanned, unplanned[:1]):
+        assert may_suffice(records, 3)
+    for records in (unplanned[1:2], unplanned[:2], [planned[0], unplanned[1]]):
+        assert not may_suffice(records, 3)
