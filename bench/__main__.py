@@ -37,6 +37,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="processes, each with a first save (2; 1)")
     parser.add_argument("--windows", type=int, help="warm saves per engine and round (4; 2)")
     parser.add_argument("--steps", type=int, help="plain steps before, least steps after (4; 3)")
+    parser.add_argument("--device", default="cpu", help="where the job trains: cpu, cuda, cuda:1")
     parser.add_argument("--engines", help="only these, by the starts of their names: ckptd,dcp")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory runs out")
     parser.add_argument("--quick", action="store_true", help="under 90 s: to see that it works")
@@ -49,7 +50,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     default = (64_000_000, 1, 2, 3, 1) if options.quick else (500_000_000, 2, 4, 4, 1)
     asked = (options.size, options.rounds, options.windows, options.steps, None)
     chosen = [d if a is None else a for a, d in zip(asked, default, strict=True)]
-    return Settings(*chosen, with_memory=not (options.no_memory or options.quick))
+    with_memory = not (options.no_memory or options.quick)
+    return Settings(*chosen, device=options.device, with_memory=with_memory)
 
 
 def machine() -> dict[str, Any]:

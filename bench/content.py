@@ -41,14 +41,16 @@ def shape_of(size_bytes: int) -> tuple[int, int]:
 class Job:
     """A training job: `step` trains once, `model` and `optimizer` are its state."""
 
-    def __init__(self, size_bytes: int, *, rows: int = 1, seed: int = 7) -> None:
+    def __init__(self, size_bytes: int, *, device: str = "cpu", seed: int = 7) -> None:
         torch.manual_seed(seed)
+        self.device = torch.device(device)
         self.width, self.depth = shape_of(size_bytes)
         self.model = GPT(self.width, self.depth, self.width // 64)
         _look_trained(self.model)
+        self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
         self.text = standard_library()
-        self.rows = rows
+        self.rows = 8 if self.is_cuda else 1
         self.dice = torch.Generator().manual_seed(seed)
         self.steps = 0
 
@@ -56,14 +58,26 @@ class Job:
         """Train one step and return its seconds; `fence` is called before the weights change."""
         began = time.perf_counter()
         starts = torch.randint(len(self.text) - CONTEXT, (self.rows, 1), generator=self.dice)
-        loss = self.model(self.text[starts + torch.arange(CONTEXT + 1)].long())
+        batch = self.text[starts + torch.arange(CONTEXT + 1)].long()
+        loss = self.model(batch.to(self.device))
         self.optimizer.zero_grad()
         loss.backward()
         if fence is not None:
             fence()
         self.optimizer.step()
+        self.finish()
         self.steps += 1
         return time.perf_counter() - began
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the state is a GPU's."""
+        return self.device.type == "cuda"
+
+    def finish(self) -> None:
+        """Wait until the device has done what it was told, so that a clock tells the truth."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
 
     def tensors(self) -> list[torch.Tensor]:
         """Return weights and moments, each once."""
@@ -107,7 +121,7 @@ class Job:
             [kept["exp_avg"] for kept in state],
             [kept["exp_avg_sq"] for kept in state],
         ]
-        return [torch.cat([t.flatten() for t in kind])[:limit].numpy() for kind in kinds]
+        return [torch.cat([t.flatten() for t in kind])[:limit].cpu().numpy() for kind in kinds]
 
 
 def exponent_bits(values: np.ndarray[Any, Any]) -> float:

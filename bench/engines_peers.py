@@ -78,7 +78,7 @@ class Safetensors(Engine):
         return {"": self._load}
 
     def _load(self, step: int) -> None:
-        flat = self._lib.load_file(self.path(step))
+        flat = self._lib.load_file(self.path(step), device=str(self.job.device))
         model = {k.removeprefix("model."): t for k, t in flat.items() if k.startswith("model.")}
         model["head.weight"] = model["embed.weight"]
         self.job.model.load_state_dict(model)

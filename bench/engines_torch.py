@@ -89,7 +89,7 @@ class DcpProcess(_Dcp):
     name = "dcp.async process"
     note = (
         "process executor, shared-memory staging on a thread (waited for before optimizer.step), "
-        "plan caching, 2 writer threads; pinned memory and non-blocking copies need CUDA"
+        "plan caching, 2 writer threads; with CUDA also pinned memory and non-blocking copies"
     )
 
     def prepare(self) -> None:
@@ -97,10 +97,10 @@ class DcpProcess(_Dcp):
         logging.getLogger("torch.distributed.checkpoint").setLevel(logging.WARNING)
         self._stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=self.job.is_cuda,
                 use_shared_memory=True,
                 use_async_staging=True,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=self.job.is_cuda,
             )
         )
         self._planner = dcp.DefaultSavePlanner(enable_plan_caching=True)

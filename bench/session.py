@@ -38,6 +38,7 @@ class Plan:
 
     def __init__(self, facts: dict[str, Any]) -> None:
         self.size_bytes: int = facts["size_bytes"]
+        self.device: str = facts["device"]
         self.engines: list[str] = facts["engines"]
         self.folder = Path(facts["folder"])
         self.windows: int = facts["windows"]
@@ -52,7 +53,7 @@ class Session:
     def __init__(self, plan: Plan, events: Path) -> None:
         self.plan = plan
         self._file = events.open("w", buffering=1)
-        self.job = Job(plan.size_bytes)
+        self.job = Job(plan.size_bytes, device=plan.device)
         self.engines: list[Engine] = []
         self._copies: list[torch.Tensor] = []
         self._last: dict[str, int] = {}
@@ -147,9 +148,10 @@ class Session:
         """Copy the state once into memory that is in use already: what no pause can beat."""
         tensors = self.job.tensors()
         if not self._copies:
-            self._copies = [tensor.clone() for tensor in tensors]
+            self._copies = [host_copy(tensor) for tensor in tensors]
         began = time.perf_counter()
-        torch._foreach_copy_(self._copies, tensors)
+        torch._foreach_copy_(self._copies, tensors, non_blocking=True)
+        self.job.finish()
         return time.perf_counter() - began
 
     def restore_all(self) -> None:
@@ -182,10 +184,12 @@ class Session:
             with torch.no_grad():
                 for tensor in self.job.tensors():
                     tensor.zero_()
+            self.job.finish()
             if kind == "cold":
                 forget(engine.folder)
             began = time.perf_counter()
             undo = engine.restores()[name](self._last[engine.name])
+            self.job.finish()
             span_s = time.perf_counter() - began
             is_same = self.digest() == digest
             self.say(
@@ -198,8 +202,15 @@ class Session:
         """Return a hash of the whole state."""
         seen = xxhash.xxh3_128()
         for tensor in self.job.tensors():
-            seen.update(tensor.contiguous().numpy())
+            seen.update(tensor.cpu().contiguous().numpy())
         return seen.hexdigest()
+
+
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy in main memory, page-locked where the tensor is on a GPU."""
+    if not tensor.is_cuda:
+        return tensor.clone()
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
 
 
 def join() -> None:

@@ -32,6 +32,7 @@ class Settings(NamedTuple):
     windows: int
     steps: int
     restores: int
+    device: str = "cpu"
     with_memory: bool = True
 
 
@@ -123,6 +124,7 @@ def memory_of(events: list[Event], watch: Watch) -> dict[str, Any]:
 def _plan(settings: Settings, engines: list[str], *, is_memory: bool) -> Event:
     return {
         "size_bytes": settings.size_bytes,
+        "device": settings.device,
         "engines": engines,
         "windows": 0 if is_memory else settings.windows,
         "steps": 1 if is_memory else settings.steps,

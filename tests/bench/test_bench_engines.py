@@ -70,7 +70,7 @@ def test_an_engine_that_fails_leaves_its_turn_to_the_others(tmp_path, monkeypatc
     monkeypatch.setattr(session, "choose", lambda names: [_Broken, _Whole])
     plan = session.Plan(
         {
-            "size_bytes": 2_000_000, "engines": ["x"], "folder": str(tmp_path / "engines"),
+            "size_bytes": 2_000_000, "device": "cpu", "engines": ["x"], "folder": str(tmp_path / "engines"),
             "windows": 1, "steps": 1, "restores": 1, "is_memory": False,
         }
     )  # fmt: skip
