@@ -19,15 +19,18 @@ def progress_bar(label: str, *, is_shown: bool = True) -> Iterator[Callable[[int
     Nothing is shown for work of under two seconds, nor where stderr is not a terminal, nor without
     `is_shown`. The bar is gone at the end.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     screen = Console(stderr=True)
+    if not (is_shown and screen.is_terminal):
+        yield lambda _done_bytes, _total_bytes: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
     bar = Progress(*columns, TimeRemainingColumn(), console=screen, transient=True)
     task = bar.add_task(label, total=None)
     begin_s = time.monotonic()
 
     def report(done_bytes: int, total_bytes: int) -> None:
-        bar.update(task, completed=done_bytes, total=total_bytes)
-        if is_shown and screen.is_terminal and time.monotonic() - begin_s > QUIET_S:
+        if time.monotonic() - begin_s > QUIET_S:
+            bar.update(task, completed=done_bytes, total=total_bytes)
             bar.start()  # again and again is fine
 
     try:

@@ -50,7 +50,7 @@ class Loader:
     """Brings verified blocks of one chunk at a time into memory of its own.
 
     For one thread. It keeps a window of fetched bytes and one block, since fresh memory costs far
-    more than a copy; `make_buffer` makes both, for memory of a special kind.
+    more than a copy; `make_buffer` makes the block's, for memory of a special kind.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Loader:
     ) -> None:
         self._store = store
         self._decoder = Decoder()
-        self._window = make_buffer(max(window_bytes, header_bytes(1 << 26) + BLOCK_BYTES))
+        self._window = plain_buffer(max(window_bytes, header_bytes(1 << 26) + BLOCK_BYTES))
         self._block = make_buffer(BLOCK_BYTES)
         self._held = range(0)  # which bytes of the chunk are in the window
 
@@ -182,9 +182,9 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
     """Read chunks and hand out the verified bytes of each region.
 
     Where a region lies in its chunk without gaps and `place` gives a `Put` for it, that takes its
-    bytes block by block; else `sink` gets them at once, with the whole chunk in memory. Both are called from up to `threads` threads, with
-    views that are valid only during the call, and with no byte whose block was not verified.
-    Fetched and staged bytes stay within `budget_bytes` as far as one thread allows. The first
+    bytes block by block; else `sink` gets them at once, with the whole chunk in memory. Both are
+    called from up to `threads` threads, with views that are valid only during the call, and with no
+    byte whose block was not verified. Fetched and staged bytes stay within `budget_bytes` as far as one thread allows. The first
     failure stops the rest; all threads have ended on return.
 
     Raises:

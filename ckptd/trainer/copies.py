@@ -83,15 +83,18 @@ class Copies:
         if not self._late:
             self._run_now()
             return None
+        self._join_runs()
         # What a tensor is now: the job may give it other memory (``p.data = ...``) meanwhile.
-        deferred = Deferred([c._replace(source=c.source.detach()) for c in self._late])
-        self._run_now()
-        return deferred
+        late = [copied._replace(source=copied.source.detach()) for copied in self._late]
+        return Deferred(self._now, late)
 
     def _run_now(self) -> None:
+        self._join_runs()
+        _copy(self._now)
+
+    def _join_runs(self) -> None:
         for run, sources in self._runs:
             torch.cat(sources, out=run)
-        _copy(self._now)
 
     def _join(self, slot: memoryview, run: Sequence[Part]) -> None:
         tensors = [self._leaves[part.source.leaf].tensor for part in run]
@@ -119,22 +122,27 @@ class Deferred:
     calls `run`, and `changed` after it.
     """
 
-    def __init__(self, copies: Sequence[Copied]) -> None:
-        """Sample the tensors, and start the copies that a GPU does by itself."""
-        self._guard = Guard(copies)
+    def __init__(self, now: Sequence[Copied], late: Sequence[Copied]) -> None:
+        """Sample the tensors of `late`, copy those of `now`, and start what a GPU does by itself.
+
+        What is copied from a GPU `now` is so before any work that it is given from here on; this
+        thread does not wait for either.
+        """
+        self._guard = Guard(late)
         self._is_over = threading.Event()
         self._rest: list[tuple[torch.cuda.Event | None, list[Copied]]] = []
         self._events: list[torch.cuda.Event] = []
-        by_device: dict[torch.device, list[Copied]] = {}
-        for copied in copies:
-            by_device.setdefault(copied.source.device, []).append(copied)
-        for device, group in by_device.items():
-            if device.type != "cuda":
-                self._rest.append((None, group))
-            elif group[0].place.is_pinned():
-                self._events.append(_start(device, group))
-            else:
-                self._rest.append((torch.cuda.current_stream(device).record_event(), group))
+        for device in {copied.source.device: None for copied in (*now, *late)}:
+            first = [copied for copied in now if copied.source.device == device]
+            rest = [copied for copied in late if copied.source.device == device]
+            if device.type == "cuda" and (*first, *rest)[0].place.is_pinned():
+                self._events.append(_start(device, first, rest))
+                continue
+            _copy(first)
+            is_cuda = device.type == "cuda"
+            ready = torch.cuda.current_stream(device).record_event() if is_cuda else None
+            if rest:
+                self._rest.append((ready, rest))
 
     def run(self) -> None:
         """Do the copies, or wait until they are done; whatever happens, `wait` waits no longer."""
@@ -175,15 +183,24 @@ def _copy(copies: Sequence[Copied]) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _start(device: torch.device, group: Sequence[Copied]) -> torch.cuda.Event:
-    """Start copies from a GPU beside its work; the event is over when they are."""
-    stream = side_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+def _start(
+    device: torch.device, first: Sequence[Copied], rest: Sequence[Copied]
+) -> torch.cuda.Event:
+    """Start copies from a GPU beside its work; the event is over when they are.
+
+    Work that it is given from now on waits for the `first` ones there: a forward pass may change
+    buffers, and no hook tells. They are small, and large copies ahead of them would hold it up.
+    """
+    stream, current = side_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        torch._foreach_copy_(
-            [c.place for c in group], [c.source for c in group], non_blocking=True
-        )  # fmt: skip
-        event: torch.cuda.Event = stream.record_event()
+        for group in (first, rest):
+            if group:
+                places, sources = [c.place for c in group], [c.source for c in group]
+                torch._foreach_copy_(places, sources, non_blocking=True)
+            event: torch.cuda.Event = stream.record_event()
+            if group is first:
+                current.wait_event(event)
         return event
 
 

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from ckptd.bars import progress_bar
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
@@ -26,8 +28,9 @@ from ckptd.trainer.values import PerRank
 
 log = logging.getLogger("ckptd.trainer")
 
-# Twice the cores, since half of the threads wait for the store; a node may have many ranks.
-MAX_READERS = 8
+# Twice the cores, since half of the threads wait for the store. More than a few wait for each other's
+# interpreter lock: eight were slower than four on 2 cores and on 16.
+MAX_READERS = 4
 
 
 class Resumed(NamedTuple):
@@ -114,10 +117,13 @@ class Filling:
         def sink(region: Region, raw: memoryview) -> None:
             plan.write(region.wanted, region.box, raw)
 
-        make_buffer = pinned_buffer if plan.is_on_cuda else plain_buffer
+        make_buffer = pinned_buffer if plan.cuda_devices else plain_buffer
+        for device in plan.cuda_devices:  # readers write on streams of their own
+            torch.cuda.synchronize(device)
         with progress_bar("restoring", is_shown=self._request.rank == 0) as progress:
             read_chunks(
-                self._store, self._reads, sink, place=place, threads=min(MAX_READERS, 2 * usable_cores()),
+                self._store, self._reads, sink, place=place,
+                threads=min(MAX_READERS, 2 * usable_cores()),
                 make_buffer=make_buffer, progress=progress,
             )  # fmt: skip
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from ckptd.trainer.pinning import side_stream
+
 STRIDE = 8192
 """One element in so many is remembered: 4 KiB of 32 MiB of float32."""
 
@@ -52,9 +54,18 @@ class Guard:
         found: list[str] = []
         for group, before in self._taken:
             after = torch.cat([_pick(copied.place, self._offset) for copied in group])
-            if not _is_same(before.cpu(), after):
-                found += _differing(group, before.cpu(), after, self._offset)
+            here = _fetch(before)
+            if not _is_same(here, after):
+                found += _differing(group, here, after, self._offset)
         return sorted(set(found))
+
+
+def _fetch(taken: torch.Tensor) -> torch.Tensor:
+    """Bring elements to main memory; not behind what the job has its GPU do meanwhile."""
+    if not taken.is_cuda:
+        return taken
+    with torch.cuda.stream(side_stream(taken.device)):
+        return taken.cpu()
 
 
 def _pick(tensor: torch.Tensor, offset: int) -> torch.Tensor:

@@ -173,9 +173,9 @@ class RestorePlan:
         return put_of(self._targets.rows[i].tensor, box)
 
     @property
-    def is_on_cuda(self) -> bool:
-        """Whether some target lies on a GPU."""
-        return any(target.tensor.is_cuda for target in self.targets)
+    def cuda_devices(self) -> set[torch.device]:
+        """The GPUs on which targets lie."""
+        return {target.tensor.device for target in self.targets if target.tensor.is_cuda}
 
     # --- comparing -------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from ckptd.errors import LayoutError, ShapeMismatchError
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
+from ckptd.trainer.pinning import own_stream
 from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
 from ckptd.trainer.values import tensor_names
 from ckptd.trainer.wrappers import check_tensor
@@ -179,7 +179,7 @@ def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
     start *= tensor.itemsize
     part = flat[start : start + box.volume * tensor.itemsize]
     if tensor.device.type != "cpu":
-        return lambda at, raw: _put_away(part, at, raw)
+        return lambda at, raw: _put_away(part[at : at + len(raw)], raw)
     there = part.numpy()
 
     def put(at: int, raw: npt.NDArray[np.uint8]) -> None:
@@ -188,10 +188,13 @@ def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
     return put
 
 
-def _put_away(part: torch.Tensor, at: int, raw: npt.NDArray[np.uint8]) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of memory that is read-only: it is only read
-        part[at : at + len(raw)].copy_(torch.from_numpy(raw))
+def _put_away(part: torch.Tensor, raw: npt.NDArray[np.uint8]) -> None:
+    source = torch.from_numpy(raw)
+    if part.is_cuda:  # threads that share a stream wait for each other's copies
+        with torch.cuda.stream(own_stream(part.device)):
+            part.copy_(source)
+    else:
+        part.copy_(source)
 
 
 def _linear_start(box: Box, shape: tuple[int, ...]) -> int | None:

@@ -97,6 +97,23 @@ def test_slots_are_page_locked_and_copies_do_not_wait(ckpt: Checkpointer) -> Non
     assert place.is_pinned()
 
 
+def test_an_overlapped_save_does_not_wait_for_the_gpu() -> None:
+    url = f"memory://cuda-{next(_numbers)}"
+    with Checkpointer(url, daemon=False, overlap=True) as ckpt:
+        state = make_job()
+        ckpt.prepare(state)
+        ckpt._preparation.join()
+        ckpt.save(1, state, wait=True)
+        before = bits(state)
+        torch.cuda._sleep(1 << 32)  # cycles: seconds
+        busy = torch.cuda.current_stream().record_event()
+        ckpt.save(2, state)
+        assert not busy.query()
+        step(state)
+        assert ckpt.wait(WAIT_S)
+        assert same(restored(ckpt, state, 2), before)
+
+
 def test_p4_fence_orders_writes_on_the_stream_that_makes_them() -> None:
     url = f"memory://cuda-{next(_numbers)}"
     with Checkpointer(url, daemon=False, overlap=True) as ckpt:
