@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any, NamedTuple
 
 from bench.engine import Engine
 from bench.memory import Watch
+from bench.runtime import PROJECT, runtime_dir
 from bench.stats import median, overhead_s, quantile, spread
-
-PROJECT = Path(__file__).resolve().parent.parent
 
 Event = dict[str, Any]
 Tick = Callable[[str], None]
@@ -139,26 +137,22 @@ def _session(plan: Event, folder: Path, title: str, tick: Tick) -> tuple[list[Ev
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     (work / "plan.json").write_text(json.dumps({**plan, "folder": str(work / "engines")}))
-    runtime = Path(tempfile.mkdtemp(prefix="ckptd-b.", dir="/tmp"))
     log = folder / f"{title.replace('/', '-of-').replace(': ', '-').replace(' ', '-')}.log"
-    watch = Watch(str(runtime), 0.02 if plan["is_memory"] else 3600.0)
-    try:
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "bench.session", work / "plan.json", work / "events.jsonl"],
-                cwd=PROJECT, env={**os.environ, "CKPTD_RUNTIME_DIR": str(runtime)},
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
-        _follow(process, work / "events.jsonl", title, tick)
-        events = _read(work / "events.jsonl")
-    finally:
-        watch.stop()
-        leftovers = PROJECT / "scripts" / "leftovers.py"
-        subprocess.run([sys.executable, leftovers, runtime], check=False, capture_output=True)
-        for path in runtime.glob("*.log"):
-            shutil.copy2(path, log.with_suffix(".daemon.log"))
-        shutil.rmtree(runtime, ignore_errors=True)
-        shutil.rmtree(work, ignore_errors=True)
+    with runtime_dir(folder, f"{log.stem}.daemon") as runtime:
+        watch = Watch(str(runtime), 0.02 if plan["is_memory"] else 3600.0)
+        try:
+            with log.open("wb") as output:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "bench.session", work / "plan.json",
+                     work / "events.jsonl"],
+                    cwd=PROJECT, env={**os.environ, "CKPTD_RUNTIME_DIR": str(runtime)},
+                    stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+                )  # fmt: skip
+            _follow(process, work / "events.jsonl", title, tick)
+            events = _read(work / "events.jsonl")
+        finally:
+            watch.stop()
+            shutil.rmtree(work, ignore_errors=True)
     if not events or events[-1]["event"] != "end":
         at = events[-1].get("engine", "") if events else ""
         why = f"the process ended early ({process.returncode}), last at {at!r}; see {log}"

@@ -38,7 +38,7 @@ Progress = Callable[[int, int], None]
 BUDGET_BYTES = 256 * MIB
 # Fetched in one request: large enough for a disk, small enough to stay in a processor's last cache
 # until it is decoded.
-WINDOW_BYTES = 8 * MIB
+WINDOW_BYTES = 2 * MIB
 
 
 def plain_buffer(count: int) -> Bytes:

@@ -25,7 +25,7 @@ from ckptd.trainer.handle import Handle
 from ckptd.trainer.link import Link
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
-from ckptd.trainer.ports import hello_of, open_port
+from ckptd.trainer.ports import hello_of, is_daemon_there, open_port
 from ckptd.trainer.preparing import Preparation
 from ckptd.trainer.resuming import Resuming
 from ckptd.trainer.saving import Saving
@@ -163,6 +163,7 @@ class Checkpointer:
         """
         self._check_usable()
         self._preparation.start(state)
+        self._link.begin()
 
     # --- resuming ------------------------------------------------------------------------------
 
@@ -193,7 +194,8 @@ class Checkpointer:
         check_state(state)
         if self._saving.count:
             raise ConfigError("resume comes before the first save of a Checkpointer")
-        if not self._link.settle(self.options.settle_timeout_s):
+        is_asked = is_daemon_there(self.options)
+        if is_asked and not self._link.settle(self.options.settle_timeout_s):
             log.warning(
                 "the daemon still writes what an earlier attempt handed off, or none answers: "
                 "an older checkpoint may be taken than there could be"

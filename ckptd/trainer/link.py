@@ -58,7 +58,7 @@ class Pending:
 class Link:
     """Hands snapshots to a daemon and brings the final words back.
 
-    `submit`, `settle` and `close` may be called from any thread and, except for their own timeouts,
+    `submit`, `begin`, `settle` and `close` may be called from any thread and, except for their own timeouts,
     do not block. A daemon that dies is found or started again, and what has no final word yet is
     handed off once more from its slot.
 
@@ -114,6 +114,12 @@ class Link:
         if refused is not None:
             pending.let_go()
             pending.handle.resolve(refused)
+        self._wake()
+
+    def begin(self) -> None:
+        """Find or start a daemon now, and not when the first snapshot needs it."""
+        with self._changed:
+            self._wants = self._wants or "daemon"
         self._wake()
 
     def settle(self, timeout_s: float) -> bool:
@@ -195,6 +201,7 @@ class Link:
         self._told_arena, self._told_recipes = None, []
         with self._changed:
             self._outgoing = deque(self._pending.values())
+            self._wants = "" if self._wants == "daemon" else self._wants
 
     def _await_welcome(self, port: Port) -> None:
         deadline = time.monotonic() + WELCOME_TIMEOUT_S

@@ -173,6 +173,21 @@ def open_port(options: Options, wake_fd: int) -> Port:
     return SocketPort(path, deadline_s=CONNECT_TIMEOUT_S)
 
 
+def is_daemon_there(options: Options) -> bool:
+    """Tell whether a daemon may still have something that an earlier attempt handed off.
+
+    Where a trainer starts its own and none listens, there is none: it dies with what it had.
+
+    Raises:
+        ConfigError: its socket cannot be used.
+    """
+    if options.daemon is False:
+        return False
+    if isinstance(options.daemon, str) or os.environ.get("CKPTD_SOCKET"):
+        return True
+    return is_serving(socket_path(options.url, options.storage_options, os.environ))
+
+
 def start_daemon(path: str, env: Mapping[str, str]) -> None:
     """Start a detached daemon on `path` and wait until it listens; one process of a node does it.
 

@@ -347,6 +347,16 @@ def test_settle_waits_for_the_answer_and_survives_a_lost_connection(start) -> No
     assert trainer.daemon.opened == 2
 
 
+def test_begin_finds_a_daemon_before_there_is_anything_to_hand_off(start) -> None:
+    trainer = start(lambda port, message: port.break_off(), commit_all)
+    trainer.link.begin()
+    trainer.daemon.until_heard(say.Hello, port=1)
+    assert trainer.daemon.opened == 2  # the first one broke off
+    trainer.save(1)
+    assert trainer.link.wait(WAIT_S)
+    assert trainer.daemon.opened == 2
+
+
 def test_settle_does_not_wait_longer_than_asked(start) -> None:
     trainer = start(welcome)
     assert trainer.link.settle(0.01) is False

@@ -1,0 +1,275 @@
+"""A job of many ranks, simulated: what one process of it spends on what grows with their number.
+
+These are planning on a rank, a commit in a daemon, and a resuming rank's choice of what to read. One
+process makes what all ranks said and stored; each step is measured in another, which holds that,
+as bytes, and nothing else: so its memory is the memory of the step.
+
+usage: python -m bench.ranks CASE STEP --inputs FOLDER   (the step ``build`` comes first)
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import ranks_job as inputs
+from bench.ranks_job import CASES, CHUNK_BYTES, EARLIER, LATER, ROUND, Job
+from bench.runtime import PROJECT
+from bench.stats import median, seconds
+from ckptd.model import keys
+from ckptd.pipeline.commit import COMMITTED, Proofs, try_commit
+
+Row = dict[str, Any]
+Tick = Callable[[str], None]
+_T = TypeVar("_T")
+
+RANKS, TENSORS = 1024, 2000
+GOAL_S, GOAL_BYTES = 1.0, 500e6
+"""What a step may take, in one process."""
+
+_RUNS = 3
+
+
+class Meter:
+    """Times runs, and finds the most memory beyond what was resident when this was made.
+
+    The peak is the kernel's (``VmHWM``), which is set back first where the kernel allows it.
+    """
+
+    def __init__(self) -> None:
+        gc.collect()
+        self._base = _status_bytes("VmRSS")
+        self._spans: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the peak so far; what is resident still counts."""
+        with contextlib.suppress(OSError):  # then the peak of before stays, and is an upper bound
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def run(self, work: Callable[[], _T]) -> _T:
+        """Run something, and time it."""
+        began = time.perf_counter()
+        found = work()
+        self._spans.append(time.perf_counter() - began)
+        return found
+
+    def middle(self) -> float:
+        """Return the median of the spans since this was last asked."""
+        spans, self._spans = self._spans, []
+        return median(spans) or 0.0
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory beyond the start's."""
+        return max(0, _status_bytes("VmHWM") - self._base)
+
+
+def plan(job: Job, folder: Path) -> Row:
+    """Measure how long a rank takes from everybody's offer to its own share."""
+    from ckptd.trainer.agreement import Agreement
+    from ckptd.trainer.meeting import Meeting
+
+    board = inputs.board(folder)
+    digests = {rank: job.layout(rank).digest() for rank in _some(job.ranks)}
+    meter, slowest_s, pieces = Meter(), 0.0, []
+    for rank, digest in digests.items():
+        for _ in range(_RUNS):
+            agreement = Agreement(Meeting(board, rank, job.ranks), CHUNK_BYTES)
+            agreement._state.on_save(ROUND, digest)  # as `prepare` does, whose thread would go on
+            meter.run(lambda found=agreement: found._compute(ROUND))
+            pieces.append(len(agreement._agreed[ROUND].share))
+            agreement.close()
+        slowest_s = max(slowest_s, meter.middle())
+    said = sum(map(len, board._values.values()))
+    note = f"slowest of ranks {_join(digests)}; {said / 1e6:.1f} MB from the board; {max(pieces)} boxes"
+    return {"seconds": slowest_s, "peak_bytes": meter.peak_bytes, "note": note}
+
+
+def commit(job: Job, folder: Path) -> Row:
+    """Measure the commit of a save by a daemon that committed an earlier one of the same layout."""
+    store = inputs.store(folder, EARLIER, LATER)
+    earlier, later = keys.checkpoint(EARLIER), keys.checkpoint(LATER)
+    meter, first, known, peaks = Meter(), Meter(), Meter(), []
+    for _ in range(_RUNS):
+        for key in (earlier, later):
+            store.delete(key)
+        proofs = Proofs()  # what a daemon keeps
+        meter.restart()
+        verdicts = [first.run(lambda kept=proofs: try_commit(store, EARLIER, job.ranks, kept))]
+        peaks.append(meter.peak_bytes)
+        meter.restart()
+        verdicts.append(known.run(lambda kept=proofs: try_commit(store, LATER, job.ranks, kept)))
+        peaks.append(meter.peak_bytes)
+        if verdicts != [COMMITTED, COMMITTED]:
+            raise RuntimeError(str(verdicts))
+    note = (
+        f"records of {store.bytes_of(keys.RANKS) / 2 / job.ranks / 1e3:.0f} kB; memory with what is "
+        f"kept of the commit before, which took {seconds(first.middle())} and {_mb(max(peaks[::2]))}"
+    )
+    return {"seconds": known.middle(), "peak_bytes": max(peaks[1::2]), "note": note}
+
+
+def read(job: Job, folder: Path) -> Row:
+    """Measure the choice of what to read, for a job of as many ranks."""
+    return _read(job, folder, job.ranks)
+
+
+def read_half(job: Job, folder: Path) -> Row:
+    """Measure the choice of what to read, for a job of half as many ranks."""
+    return _read(job, folder, job.ranks // 2)
+
+
+STEPS: dict[str, Callable[[Job, Path], Row]] = {
+    "plan": plan, "commit": commit, "read": read, "read-half": read_half,
+}  # fmt: skip
+TITLES = {
+    "plan": "planning",
+    "commit": "commit, layout known",
+    "read": "what to read, as many ranks",
+    "read-half": "what to read, half as many",
+}
+
+
+def measure(tick: Tick, ranks: int = RANKS, tensors: int = TENSORS) -> list[Row]:
+    """Measure all steps of all cases; what fails has a note that says why, and no figures."""
+    rows: list[Row] = []
+    for case in CASES:
+        with tempfile.TemporaryDirectory(prefix="ckptd-ranks.") as folder:
+            counts = ["--ranks", str(ranks), "--tensors", str(tensors), "--inputs", folder]
+            tick(f"ranks: {case}, making what {ranks} ranks said")
+            made = _child([case, "build", *counts])
+            for step in STEPS:
+                tick(f"ranks: {case}, {TITLES[step]}")
+                rows.append({
+                    "case": case, "step": TITLES[step], "ranks": ranks, "tensors": tensors,
+                    "seconds": None, "peak_bytes": None,
+                    **(made if "failed" in made else _child([case, step, *counts])),
+                })  # fmt: skip
+    return rows
+
+
+def show(console: Console, rows: list[Row]) -> None:
+    """Print the steps; those beyond the goal stand out."""
+    if not rows:
+        return
+    title = f"one process of {rows[0]['ranks']} ranks, {rows[0]['tensors']} tensors"
+    table = Table("case", "step", title=title, title_justify="left")
+    for name in ("time", "most memory"):
+        table.add_column(name, justify="right")
+    table.add_column("note")
+    last = None
+    for row in rows:
+        is_new, last = row["case"] != last, row["case"]
+        if is_new and len(table.rows):
+            table.add_section()
+        table.add_row(
+            row["case"] if is_new else "", row["step"], seconds(row["seconds"]),
+            _mb(row["peak_bytes"]), row.get("failed", "") or row["note"],
+            style="" if is_within(row) else "red",
+        )  # fmt: skip
+    table.caption = f"red: more than {GOAL_S:g} s or {_mb(GOAL_BYTES)}, which is the goal"
+    console.print(table)
+
+
+def is_within(row: Row) -> bool:
+    """Tell whether a step was measured and met the goal."""
+    if row["seconds"] is None:
+        return False
+    return bool(row["seconds"] < GOAL_S and row["peak_bytes"] < GOAL_BYTES)
+
+
+def main() -> None:
+    """Make the inputs of a case, or measure one step with them; print one line of JSON."""
+    parser = argparse.ArgumentParser(prog="python -m bench.ranks")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("step", choices=["build", *STEPS])
+    parser.add_argument("--ranks", type=int, default=RANKS)
+    parser.add_argument("--tensors", type=int, default=TENSORS)
+    parser.add_argument("--inputs", type=Path, required=True, help="a folder that `build` fills")
+    options = parser.parse_args()
+    job = Job(options.case, options.ranks, options.tensors)
+    if options.step == "build":
+        gc.disable()  # millions of values and no circles: this takes a third of the time
+        began = time.perf_counter()
+        inputs.build(job, options.inputs)
+        print(json.dumps({"built_s": time.perf_counter() - began}))
+    else:
+        print(json.dumps(STEPS[options.step](job, options.inputs)))
+
+
+def _read(job: Job, folder: Path, ranks: int) -> Row:
+    from ckptd.pipeline.catalog import read_manifest, read_rank
+    from ckptd.plan.reading import ChunkRead, Wanted
+    from ckptd.trainer.filling import Filling, Request
+
+    store = inputs.store(folder, EARLIER)
+    wanted = {
+        rank: [Wanted(fqn, box) for fqn, box in job.boxes(rank, ranks)] for rank in _some(ranks)
+    }
+
+    def choose(rank: int) -> list[ChunkRead]:
+        request = Request({}, True, None, None, False, rank, ranks)
+        filling = Filling(store, request)
+        manifest = read_manifest(store, EARLIER)
+        own_rank = min(rank, manifest.world_size - 1)
+        own = read_rank(store, manifest, own_rank, filling._reader)
+        return filling._plan_reads(manifest, own, wanted[rank])
+
+    meter, slowest_s, counts = Meter(), 0.0, []
+    for rank in wanted:
+        for _ in range(_RUNS):
+            before = store.gets
+            reads = meter.run(lambda rank=rank: choose(rank))
+            counts.append((store.gets - before - 1, len(reads)))
+        slowest_s = max(slowest_s, meter.middle())
+    records, chunks = max(counts)
+    note = f"slowest of ranks {_join(wanted)}; {records} records read, {chunks} chunks chosen"
+    return {"seconds": slowest_s, "peak_bytes": meter.peak_bytes, "note": note}
+
+
+def _child(arguments: list[str]) -> Row:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.ranks", *arguments],
+        cwd=PROJECT, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return {"failed": f"failed ({done.returncode}): {last}"}
+    found: Row = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _some(ranks: int) -> list[int]:
+    return sorted({0, (ranks - 1) // 2, ranks - 1})
+
+
+def _join(ranks: Any) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def _mb(count: float | None) -> str:
+    return "-" if count is None else f"{count / 1e6:.0f} MB"
+
+
+def _status_bytes(field: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return next(
+        int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(f"{field}:")
+    )
+
+
+if __name__ == "__main__":
+    main()
