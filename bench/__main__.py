@@ -8,14 +8,15 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import codec, limits, plots, report, train
+from bench import codec, cost, limits, plots, ranks, report, reshard, train
 from bench.engines import choose
 from bench.peers import version_of
 from bench.stats import Spread, parse_size
@@ -31,8 +32,10 @@ def parse_options() -> argparse.Namespace:
         description="What checkpoints cost a training job, beside other engines, on this machine.",
     )
     parser.add_argument(
-        "what", nargs="?", default="all", choices=["all", "train", "codec", "limits"]
-    )
+        "what", nargs="?", default="all", choices=["all", *PARTS, "limits"],
+        help="train: the engines in one training loop; reshard: saved by 4 ranks, loaded by 2; "
+        "codec: beside other codecs; cost: how costs grow; ranks: 1,024 simulated ranks",
+    )  # fmt: skip
     parser.add_argument("--size", type=parse_size, help="bytes of the state (500M; --quick: 64M)")
     parser.add_argument("--rounds", type=int, help="processes, each with a first save (2; 1)")
     parser.add_argument("--windows", type=int, help="warm saves per engine and round (4; 2)")
@@ -67,10 +70,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+class Run(NamedTuple):
+    """What a part of the benchmark is given."""
+
+    options: argparse.Namespace
+    settings: Settings
+    console: Console
+    tick: Callable[[str], None]
+
+
 def measure(options: argparse.Namespace, console: Console, found: dict[str, Any]) -> None:
     """Measure what was asked for into `found`, and print each part when it is there."""
-    settings = settings_of(options)
-    what, out = options.what, options.out
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("limits", total=None)
@@ -78,24 +88,69 @@ def measure(options: argparse.Namespace, console: Console, found: dict[str, Any]
         def tick(title: str) -> None:
             progress.update(bar, description=title, advance=1)
 
+        run = Run(options, settings_of(options), console, tick)
         size = (128 if options.quick else 512) << 20
-        found["limits"] = limits.measure(out, size, rounds=2 if options.quick else 3)
+        found["limits"] = limits.measure(options.out, size, rounds=2 if options.quick else 3)
         report.show_limits(console, found["limits"])
-        if what in {"all", "train"}:
-            engines = choose(options.engines)
-            each = 1 + settings.windows + 2 * settings.restores
-            total = settings.rounds * len(engines) * each
-            progress.reset(bar, total=total + settings.with_memory * len(engines) * 4)
-            found["settings"] = settings._asdict()
-            found["content"], found["engines"] = train.run(settings, engines, out, tick)
-            for row in found["engines"]:
-                row["state_bytes"] = found["content"].get("state_bytes")
-            show_train(console, found)
-        if what in {"all", "codec"}:
-            progress.reset(bar, total=7)
-            each_bytes, rounds = ((4 << 20), 2) if options.quick else ((32 << 20), 5)
-            found["codecs"], found["codec_content"] = codec.measure(each_bytes, rounds, tick)
-            report.show_codecs(console, found["codecs"])
+        for name, (ticks, part) in PARTS.items():
+            if options.what in {"all", name}:
+                progress.reset(bar, total=ticks(run))
+                part(run, found)
+
+
+def train_ticks(run: Run) -> int:
+    """Return how many ticks `measure_train` makes."""
+    engines, settings = choose(run.options.engines), run.settings
+    each = 1 + settings.windows + 2 * settings.restores
+    return len(engines) * (settings.rounds * each + settings.with_memory * 4)
+
+
+def measure_train(run: Run, found: dict[str, Any]) -> None:
+    """All engines in one training loop."""
+    found["settings"] = run.settings._asdict()
+    engines = choose(run.options.engines)
+    content, rows = train.run(run.settings, engines, run.options.out, run.tick)
+    found["content"], found["engines"] = content, rows
+    for row in rows:
+        row["state_bytes"] = content.get("state_bytes")
+    show_train(run.console, found)
+
+
+def measure_reshard(run: Run, found: dict[str, Any]) -> None:
+    """Restores by another number of ranks."""
+    rounds = 1 if run.options.quick else 5
+    found["reshard"] = reshard.measure(run.settings.size_bytes, rounds, run.options.out, run.tick)
+    reshard.show(run.console, found["reshard"])
+
+
+def measure_codec(run: Run, found: dict[str, Any]) -> None:
+    """The codec beside others."""
+    each_bytes, rounds = ((4 << 20), 2) if run.options.quick else ((32 << 20), 5)
+    found["codecs"], found["codec_content"] = codec.measure(each_bytes, rounds, run.tick)
+    report.show_codecs(run.console, found["codecs"])
+
+
+def measure_cost(run: Run, found: dict[str, Any]) -> None:
+    """How costs grow."""
+    small = {"sizes": (4_000_000, 16_000_000), "counts": (10, 100), "middle_bytes": 4_000_000}
+    found["cost"] = cost.measure(run.options.out, run.tick, **small if run.options.quick else {})
+    cost.show(run.console, found["cost"])
+
+
+def measure_ranks(run: Run, found: dict[str, Any]) -> None:
+    """A thousand simulated ranks."""
+    counts = {"ranks": 32, "tensors": 100} if run.options.quick else {}
+    found["ranks"] = ranks.measure(run.tick, **counts)
+    ranks.show(run.console, found["ranks"])
+
+
+PARTS: dict[str, tuple[Callable[[Run], int], Callable[[Run, dict[str, Any]], None]]] = {
+    "train": (train_ticks, measure_train),
+    "reshard": (lambda _: 2, measure_reshard),
+    "codec": (lambda _: 7, measure_codec),
+    "cost": (lambda run: 4 if run.options.quick else 8, measure_cost),
+    "ranks": (lambda _: 2, measure_ranks),
+}
 
 
 def show_train(console: Console, found: dict[str, Any]) -> None:

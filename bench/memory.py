@@ -39,6 +39,10 @@ class Watch:
 
     Proportional shares (PSS) are added up, so that memory which trainer and helper both map counts
     once. The environment finds detached helpers too, which parents do not.
+
+    Attributes:
+        samples: one for each moment, oldest first.
+        own: what each process had for itself (`time.perf_counter`, bytes), by its number.
     """
 
     def __init__(self, marker: str, interval_s: float = 0.01) -> None:
@@ -47,6 +51,7 @@ class Watch:
         self._known: dict[int, bool] = {}
         self._stop = threading.Event()
         self.samples: list[Sample] = []
+        self.own: dict[int, list[tuple[float, int]]] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -68,6 +73,7 @@ class Watch:
                     own = parse_rollup(Path(f"/proc/{pid}/smaps_rollup").read_bytes())
                     anonymous += own[0]
                     shared += own[1]
+                    self.own.setdefault(pid, []).append((time.perf_counter(), own[0]))
             self.samples.append(Sample(time.perf_counter(), anonymous, shared))
 
     def _pids(self) -> list[int]:

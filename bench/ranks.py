@@ -18,8 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -42,39 +43,48 @@ GOAL_S, GOAL_BYTES = 1.0, 500e6
 _RUNS = 3
 
 
+class Span(NamedTuple):
+    """How long something took: by the clock, and by the processors (of all threads)."""
+
+    seconds: float
+    cpu_s: float
+
+
 class Meter:
     """Times runs, and finds the most memory beyond what was resident when this was made.
 
-    The peak is the kernel's (``VmHWM``), which is set back first where the kernel allows it.
+    The memory is that of the first run, since a process plans, or resumes, once; it is the kernel's
+    ``VmHWM``, which is set back before, where the kernel allows it.
+
+    Attributes:
+        peak_bytes: the most memory; what was kept from before the run, but after the start, counts.
     """
 
     def __init__(self) -> None:
         gc.collect()
+        self.peak_bytes: int | None = None
         self._base = _status_bytes("VmRSS")
-        self._spans: list[float] = []
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget the peak so far; what is resident still counts."""
-        with contextlib.suppress(OSError):  # then the peak of before stays, and is an upper bound
-            Path("/proc/self/clear_refs").write_text("5")
+        self._spans: list[Span] = []
 
     def run(self, work: Callable[[], _T]) -> _T:
         """Run something, and time it."""
-        began = time.perf_counter()
+        is_first = self.peak_bytes is None
+        if is_first:
+            with contextlib.suppress(OSError):  # then it is an upper bound
+                Path("/proc/self/clear_refs").write_text("5")
+        began = time.perf_counter(), time.process_time()
         found = work()
-        self._spans.append(time.perf_counter() - began)
+        self._spans.append(
+            Span(time.perf_counter() - began[0], time.process_time() - began[1]),
+        )
+        if is_first:
+            self.peak_bytes = max(0, _status_bytes("VmHWM") - self._base)
         return found
 
-    def middle(self) -> float:
-        """Return the median of the spans since this was last asked."""
+    def middle(self) -> Span:
+        """Return the medians of what ran since this was last asked."""
         spans, self._spans = self._spans, []
-        return median(spans) or 0.0
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory beyond the start's."""
-        return max(0, _status_bytes("VmHWM") - self._base)
+        return Span(*(median(column) or 0.0 for column in zip(*spans, strict=True)))
 
 
 def plan(job: Job, folder: Path) -> Row:
@@ -84,42 +94,37 @@ def plan(job: Job, folder: Path) -> Row:
 
     board = inputs.board(folder)
     digests = {rank: job.layout(rank).digest() for rank in _some(job.ranks)}
-    meter, slowest_s, pieces = Meter(), 0.0, []
+    meter, spans, shares = Meter(), {}, {}
     for rank, digest in digests.items():
         for _ in range(_RUNS):
             agreement = Agreement(Meeting(board, rank, job.ranks), CHUNK_BYTES)
             agreement._state.on_save(ROUND, digest)  # as `prepare` does, whose thread would go on
-            meter.run(lambda found=agreement: found._compute(ROUND))
-            pieces.append(len(agreement._agreed[ROUND].share))
+            meter.run(partial(agreement._compute, ROUND))
+            shares[rank] = agreement._agreed[ROUND].share
             agreement.close()
-        slowest_s = max(slowest_s, meter.middle())
+        spans[rank] = meter.middle()
     said = sum(map(len, board._values.values()))
-    note = f"slowest of ranks {_join(digests)}; {said / 1e6:.1f} MB from the board; {max(pieces)} boxes"
-    return {"seconds": slowest_s, "peak_bytes": meter.peak_bytes, "note": note}
+    note = f"of ranks {_join(spans)}; {said / 1e6:.1f} MB from the board, which is in memory"
+    return {**_slowest(spans), "peak_bytes": meter.peak_bytes, "note": note, "shares": shares}
 
 
 def commit(job: Job, folder: Path) -> Row:
     """Measure the commit of a save by a daemon that committed an earlier one of the same layout."""
     store = inputs.store(folder, EARLIER, LATER)
-    earlier, later = keys.checkpoint(EARLIER), keys.checkpoint(LATER)
-    meter, first, known, peaks = Meter(), Meter(), Meter(), []
+    first, known = Meter(), Meter()
     for _ in range(_RUNS):
-        for key in (earlier, later):
-            store.delete(key)
-        proofs = Proofs()  # what a daemon keeps
-        meter.restart()
-        verdicts = [first.run(lambda kept=proofs: try_commit(store, EARLIER, job.ranks, kept))]
-        peaks.append(meter.peak_bytes)
-        meter.restart()
-        verdicts.append(known.run(lambda kept=proofs: try_commit(store, LATER, job.ranks, kept)))
-        peaks.append(meter.peak_bytes)
-        if verdicts != [COMMITTED, COMMITTED]:
-            raise RuntimeError(str(verdicts))
+        proofs = Proofs()  # what a daemon keeps from commit to commit
+        for meter, id_ in ((first, EARLIER), (known, LATER)):
+            store.delete(keys.checkpoint(id_))
+            verdict = meter.run(partial(try_commit, store, id_, job.ranks, proofs))
+            if verdict != COMMITTED:
+                raise RuntimeError(verdict.reason)
+    each_bytes = store.bytes_of(f"{keys.RANKS}{LATER}/") / job.ranks
     note = (
-        f"records of {store.bytes_of(keys.RANKS) / 2 / job.ranks / 1e3:.0f} kB; memory with what is "
-        f"kept of the commit before, which took {seconds(first.middle())} and {_mb(max(peaks[::2]))}"
+        f"{job.ranks} records of {each_bytes / 1e3:.0f} kB; memory with what is kept from the commit "
+        f"before, the first, which took {seconds(first.middle().seconds)} and {_mb(first.peak_bytes)}"
     )
-    return {"seconds": known.middle(), "peak_bytes": max(peaks[1::2]), "note": note}
+    return {**known.middle()._asdict(), "peak_bytes": known.peak_bytes, "note": note}
 
 
 def read(job: Job, folder: Path) -> Row:
@@ -155,7 +160,7 @@ def measure(tick: Tick, ranks: int = RANKS, tensors: int = TENSORS) -> list[Row]
                 tick(f"ranks: {case}, {TITLES[step]}")
                 rows.append({
                     "case": case, "step": TITLES[step], "ranks": ranks, "tensors": tensors,
-                    "seconds": None, "peak_bytes": None,
+                    "seconds": None, "cpu_s": None, "peak_bytes": None, "note": "",
                     **(made if "failed" in made else _child([case, step, *counts])),
                 })  # fmt: skip
     return rows
@@ -167,7 +172,7 @@ def show(console: Console, rows: list[Row]) -> None:
         return
     title = f"one process of {rows[0]['ranks']} ranks, {rows[0]['tensors']} tensors"
     table = Table("case", "step", title=title, title_justify="left")
-    for name in ("time", "most memory"):
+    for name in ("time", "of it CPU", "most memory"):
         table.add_column(name, justify="right")
     table.add_column("note")
     last = None
@@ -177,7 +182,7 @@ def show(console: Console, rows: list[Row]) -> None:
             table.add_section()
         table.add_row(
             row["case"] if is_new else "", row["step"], seconds(row["seconds"]),
-            _mb(row["peak_bytes"]), row.get("failed", "") or row["note"],
+            seconds(row["cpu_s"]), _mb(row["peak_bytes"]), row.get("failed") or row["note"],
             style="" if is_within(row) else "red",
         )  # fmt: skip
     table.caption = f"red: more than {GOAL_S:g} s or {_mb(GOAL_BYTES)}, which is the goal"
@@ -207,7 +212,8 @@ def main() -> None:
         inputs.build(job, options.inputs)
         print(json.dumps({"built_s": time.perf_counter() - began}))
     else:
-        print(json.dumps(STEPS[options.step](job, options.inputs)))
+        row = STEPS[options.step](job, options.inputs)
+        print(json.dumps({key: row[key] for key in ("seconds", "cpu_s", "peak_bytes", "note")}))
 
 
 def _read(job: Job, folder: Path, ranks: int) -> Row:
@@ -228,16 +234,19 @@ def _read(job: Job, folder: Path, ranks: int) -> Row:
         own = read_rank(store, manifest, own_rank, filling._reader)
         return filling._plan_reads(manifest, own, wanted[rank])
 
-    meter, slowest_s, counts = Meter(), 0.0, []
+    meter, spans, counts, found = Meter(), {}, [], {}
     for rank in wanted:
         for _ in range(_RUNS):
             before = store.gets
-            reads = meter.run(lambda rank=rank: choose(rank))
-            counts.append((store.gets - before - 1, len(reads)))
-        slowest_s = max(slowest_s, meter.middle())
-    records, chunks = max(counts)
-    note = f"slowest of ranks {_join(wanted)}; {records} records read, {chunks} chunks chosen"
-    return {"seconds": slowest_s, "peak_bytes": meter.peak_bytes, "note": note}
+            found[rank] = meter.run(partial(choose, rank))
+            counts.append(store.gets - before - 1)  # one is the manifest
+        spans[rank] = meter.middle()
+    note = f"of ranks {_join(spans)}; records read: {max(counts)} of {job.ranks}"
+    return {**_slowest(spans), "peak_bytes": meter.peak_bytes, "note": note, "reads": found}
+
+
+def _slowest(spans: dict[int, Span]) -> Row:
+    return max(spans.values())._asdict()
 
 
 def _child(arguments: list[str]) -> Row:

@@ -20,7 +20,7 @@ from ckptd.model.manifest import FORMAT, Chunk, RankManifest, Tree
 from ckptd.model.tensor import Held, Layout, Tensor
 from ckptd.pipeline.commit import COMMITTED, Proofs, try_commit
 from ckptd.plan.pack import pack
-from ckptd.plan.split import Share, Splitter
+from ckptd.plan.split import Share, Splitter, whole_share
 from ckptd.shm.slots import SLOT_HEADER_BYTES
 from ckptd.store.memory import MemoryStore
 from ckptd.units import MIB
@@ -76,7 +76,9 @@ class Job:
     def record(self, rank: int, plan: Splitter) -> RankManifest:
         """Return what a rank wrote of the first save."""
         layout = self.layout(rank)
-        return _record(self, rank, layout, (plan.digest, plan.share(rank)))
+        # What nobody else holds is written whole: looking that up takes a fifth of the time of `build`.
+        share = whole_share(layout) if self.case == "sharded" else plan.share(rank)
+        return _record(self, rank, layout, (plan.digest, share))
 
     def saved(self, record: RankManifest, id_: StepId) -> RankManifest:
         """Return what the rank wrote of another save: other contents, and generators moved on."""

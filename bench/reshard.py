@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
+from rich.console import Console
+from rich.table import Table
 
 from bench.content import Job
 from bench.engine import Engine
@@ -29,7 +31,7 @@ from bench.engines_ckptd import Ckptd
 from bench.engines_torch import DcpSave
 from bench.files import forget
 from bench.runtime import PROJECT, runtime_dir
-from bench.stats import spread
+from bench.stats import ratio, spread, with_range
 
 ENGINES: list[type[Engine]] = [DcpSave, Ckptd]
 RANKS_BEFORE, RANKS_AFTER = 4, 2
@@ -53,6 +55,25 @@ def measure(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return [_row(engine, [json.loads(line) for line in lines]) for engine in ENGINES]
+
+
+def show(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print the rows."""
+    table = Table("engine", title=f"restore, {RANKS_BEFORE} ranks to {RANKS_AFTER}",
+                  title_justify="left")  # fmt: skip
+    for name in ("cold (min..max)", "hot (min..max)", "cold / dcp", "hot / dcp", "same bytes"):
+        table.add_column(name, justify="right")
+    base = next(row for row in rows if row["engine"] == DcpSave.name)
+    for row in rows:
+        table.add_row(
+            row["engine"], with_range(row["cold_s"]), with_range(row["hot_s"]),
+            *(ratio(row[key] and row[key].median, base[key] and base[key].median)
+              for key in ("cold_s", "hot_s")),
+            "yes" if row["is_same"] else "NO",
+            style="bold" if row["engine"] == Ckptd.name else "",
+        )  # fmt: skip
+    table.caption = "a replicated state; the slowest rank's time"
+    console.print(table)
 
 
 def _row(engine: type[Engine], events: list[dict[str, Any]]) -> dict[str, Any]:

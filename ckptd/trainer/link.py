@@ -304,6 +304,8 @@ class Link:
 
     def _hang_up(self, error: HandoffError) -> None:
         """Drop the conversation; another is opened after a while."""
+        # The daemon that somebody else's goodbye has just ended looks like this, once.
+        is_harmless = self._port is None and self._failures == 0
         if self._port is not None:
             self._port.close()
             self._port = None
@@ -316,7 +318,8 @@ class Link:
         wait_s = min(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)], self._give_up_s / 2)
         self._failures += 1
         self._next_try = time.monotonic() + wait_s
-        level = logging.WARNING if self._failures <= len(_RETRY_S) else logging.DEBUG
+        is_news = self._failures <= len(_RETRY_S) and not is_harmless
+        level = logging.WARNING if is_news else logging.DEBUG
         log.log(level, "daemon: %s; trying again", error)
         if isinstance(error, ProtocolError):
             self._refuse(error)
