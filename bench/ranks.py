@@ -207,7 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     job = Job(options.case, options.ranks, options.tensors)
     if options.step == "build":
-        gc.disable()  # millions of values and no circles: this takes a third of the time
+        gc.disable()  # millions of values and no circles among them
         began = time.perf_counter()
         inputs.build(job, options.inputs)
         print(json.dumps({"built_s": time.perf_counter() - began}))

@@ -111,6 +111,8 @@ class Runner:
         ``os._exit``. With any other code they have ended.
         """
         code = EXIT_UNFINISHED
+        if self._events.empty():  # whoever started it may die before it comes: look at the clock
+            self.post(ev.Tick())
         try:
             while True:
                 event = self._next_event()

@@ -41,6 +41,7 @@ MAX_RECORD_BYTES = 256 << 20
 MAX_REASON_CHARS = 4000
 MAX_OUTCOME_BYTES = 32 << 10  # a reason of that many characters, each escaped, and the rest
 TOMBSTONE = b""
+_MAX_DELIVERED = 1 << 16
 
 State = Literal["committed", "failed", "skipped", "unknown", "waiting"]
 
@@ -68,8 +69,21 @@ class Proofs:
     def __init__(self, limit: int = 64) -> None:
         self.reader = RankReader()
         self._known: dict[str, None] = {}
+        self._delivered: dict[str, None] = {}
         self._limit = limit
-        self._lock = threading.Lock()  # guards _known
+        self._lock = threading.Lock()  # guards _known and _delivered
+
+    def is_delivery(self, key: str) -> bool:
+        """Tell whether the record at this key was seen, and is no outcome."""
+        with self._lock:
+            return key in self._delivered
+
+    def saw_delivery(self, key: str) -> None:
+        """Remember that; the oldest is forgotten at a limit."""
+        with self._lock:
+            self._delivered[key] = None
+            while len(self._delivered) > _MAX_DELIVERED:
+                del self._delivered[next(iter(self._delivered))]
 
     def has(self, key: str) -> bool:
         """Tell whether coverage under `key` was proved."""
@@ -159,11 +173,13 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
     try:
         for number in sorted(sizes):
             # As long as ranks are missing this is asked again and again: only an outcome counts.
-            if missing and sizes[number] > MAX_OUTCOME_BYTES:
+            key = keys.rank(step, number)
+            if missing and (sizes[number] > MAX_OUTCOME_BYTES or proofs.is_delivery(key)):
                 continue
             record, size, digest = _read_rank(store, step, number, proofs.reader)
             if isinstance(record, Outcome):
                 return end_step(store, step, world_size, outcome_verdict(record))
+            proofs.saw_delivery(key)
             records.append((record, size, digest))
         if missing:
             verdict = read_verdict(store, step, world_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -22,7 +23,7 @@ from ckptd.model.pieces import PieceCheck
 from ckptd.model.tensor import Tensor
 from ckptd.units import MIB
 
-MEMORY_BYTES = 160 * MIB
+MEMORY_BYTES = 224 * MIB
 _VALUES_DEPTH = 90
 
 
@@ -97,9 +98,7 @@ class RankReader:
         pieces = table and self._remember(
             b"p" + name, lambda: _pieces(found, table, spans), len(found.pieces)
         )
-        values = self._remember(
-            b"v" + digest(found.values), lambda: _values(found), len(found.values)
-        )
+        values = self._values(found)
         if table is None or pieces is None or values is None:
             return None
         facts = {name: getattr(found, name) for name in _Skeleton.__struct_fields__}
@@ -110,6 +109,23 @@ class RankReader:
         except ValueError:
             return None
         return record
+
+    def _values(self, found: _Skeleton) -> dict[str, Tree] | None:
+        """Return the values; those of one name mostly equal other ranks', all together rarely do."""
+        parts: dict[str, msgspec.Raw] | None
+        parts = decode_own(bytes(found.values), dict[str, msgspec.Raw])
+        if parts is None:
+            return None
+        values: dict[str, Tree] = {}
+        for name, part in parts.items():
+            plain = bytes(part)
+            value = self._remember(
+                b"v" + xxhash.xxh3_128_digest(plain), partial(_value, plain), len(plain)
+            )  # fmt: skip
+            if value is None:
+                return None
+            values[name] = value[0]
+        return values
 
     def _remember(self, name: bytes, make: Any, size: int) -> Any:
         """Return what is known under a name, or make it; what cannot be made is not remembered."""
@@ -146,6 +162,7 @@ def _pieces(found: _Skeleton, table: _Table, spans: list[tuple[str, int]]) -> Co
     return pieces if pieces is not None and table.check.are_in_order(pieces, spans) else None
 
 
-def _values(found: _Skeleton) -> dict[str, Tree] | None:
-    values: dict[str, Tree] | None = decode_own(bytes(found.values), dict[str, Tree])
-    return values if values is not None and is_tame(values, _VALUES_DEPTH) else None
+def _value(plain: bytes) -> tuple[Tree] | None:
+    """Return the value in a tuple, since null is one too."""
+    found: tuple[Tree] | None = decode_own(b"[" + plain + b"]", tuple[Tree])
+    return found if found is not None and is_tame(found[0], _VALUES_DEPTH) else None

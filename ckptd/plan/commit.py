@@ -11,7 +11,7 @@ import xxhash
 
 from ckptd.errors import IncompleteError, SaveFailedError
 from ckptd.model.box import Box
-from ckptd.model.manifest import FORMAT, Manifest, RankEntry, RankManifest
+from ckptd.model.manifest import FORMAT, Manifest, RankEntry, RankManifest, Tree
 from ckptd.plan.coverage import prove_coverage
 from ckptd.plan.replicas import check_replicas
 from ckptd.plan.table import group_ranks, join_ranks, merge_aliases, merge_tensors
@@ -118,16 +118,18 @@ def _stored_bytes(records: Sequence[RankManifest]) -> int:
 
 def _differing(records: Sequence[RankManifest]) -> tuple[str, ...]:
     """Return the names of values that are not the same on all ranks, or that some ranks lack."""
-    first = _encoded(records[0])
+    first = records[0].values
+    encoded = {name: _encoded(value) for name, value in first.items()}
     differing: set[str] = set()
     for record in records[1:]:
-        if record.values is records[0].values:  # `RankReader` makes equal ones one
-            continue
-        differing.update(name for name, _ in first.items() ^ _encoded(record).items())
+        differing |= first.keys() ^ record.values.keys()
+        for name in first.keys() - differing:
+            mine, theirs = first[name], record.values[name]
+            # `RankReader` makes equal ones one.
+            if mine is not theirs and encoded[name] != _encoded(theirs):
+                differing.add(name)
     return tuple(sorted(differing))
 
 
-def _encoded(record: RankManifest) -> dict[str, bytes]:
-    return {
-        name: msgspec.json.encode(value, order="sorted") for name, value in record.values.items()
-    }
+def _encoded(value: Tree) -> bytes:
+    return msgspec.json.encode(value, order="sorted")

@@ -39,19 +39,18 @@ def merge_tensors(manifests: Sequence[RankManifest]) -> Table:
     merged: dict[str, tuple[int, int, Tensor]] = {}
     places: list[Ints] = []
     last: tuple[list[Any], ...] | None = None
-    last_table: tuple[Tensor, ...] | None = None
+    known: dict[int, Ints] = {}  # by the table's identity; `RankReader` makes equal ones one
     for manifest in manifests:
-        if manifest.tensors is last_table:
-            places.append(places[-1])
-            continue
-        last_table = manifest.tensors
-        columns = _columns(manifest.tensors)
-        # Ranks mostly hold the same names: comparing columns costs a tenth of looking up each row.
-        if columns != last:
+        found = known.get(id(manifest.tensors))
+        if found is None:
+            columns = _columns(manifest.tensors)
+            # Ranks mostly hold the same names: comparing columns costs a tenth of looking up rows.
+            found = _add(merged, manifest) if columns != last else places[-1]
             last = columns
-            places.append(_add(merged, manifest))
+            known[id(manifest.tensors)] = found
         else:
-            places.append(places[-1])
+            last = None
+        places.append(found)
     return Table(tuple(tensor for _, _, tensor in merged.values()), tuple(places))
 
 

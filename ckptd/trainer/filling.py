@@ -147,7 +147,7 @@ class Filling:
     ) -> list[ChunkRead]:
         """Plan with the records of as few ranks as will do: of this one, of its like, of all."""
         everyone = range(manifest.world_size)
-        records = {own.rank: own}
+        records, tried = {own.rank: own}, 0
         for near in (range(own.rank, own.rank + 1), self._like(manifest), everyone):
             more = [rank for rank in near if rank not in records]
             if len(more) > len(everyone) // 2:  # not worth another try
@@ -155,8 +155,9 @@ class Filling:
             found = read_ranks(self._store, manifest, more, self._reader)
             records |= {record.rank: record for record in found}
             rows = list(records.values())
-            if not may_suffice(rows, len(everyone)):
+            if len(rows) == tried or not may_suffice(rows, len(everyone)):
                 continue
+            tried = len(rows)
             try:
                 return plan_reads(wanted, rows)
             except LayoutError:

@@ -86,6 +86,7 @@ class Link:
         self._port: Port | None = None
         self._told_arena: int | None = None
         self._told_recipes: list[int] = []
+        self._is_greeting = False
         self._failures = 0
         self._next_try = 0.0
         self._parted_at = 0.0
@@ -191,13 +192,14 @@ class Link:
 
     def _connect(self) -> None:
         port = self._open_port(self._wake_out)
+        self._is_greeting = True
         try:
             port.send(self._hello)
             self._await_welcome(port)
         except BaseException:
             port.close()
             raise
-        self._port, self._failures = port, 0
+        self._port, self._failures, self._is_greeting = port, 0, False
         self._told_arena, self._told_recipes = None, []
         with self._changed:
             self._outgoing = deque(self._pending.values())
@@ -305,7 +307,8 @@ class Link:
     def _hang_up(self, error: HandoffError) -> None:
         """Drop the conversation; another is opened after a while."""
         # The daemon that somebody else's goodbye has just ended looks like this, once.
-        is_harmless = self._port is None and self._failures == 0
+        is_harmless = self._is_greeting and self._failures == 0
+        self._is_greeting = False
         if self._port is not None:
             self._port.close()
             self._port = None

@@ -59,6 +59,13 @@ def test_a_daemon_on_demand_leaves_after_the_last_goodbye_and_not_before(place: 
     assert not os.path.exists(daemon.socket)
 
 
+def test_p2_a_daemon_that_nobody_comes_to_leaves(place: Place) -> None:
+    """The trainer that started it was killed before it said hello."""
+    daemon = place.start_daemon(is_on_demand=True, CKPTD_LINGER_S="0.1")
+    assert daemon.wait() == 0
+    assert not os.path.exists(daemon.socket)
+
+
 def test_d6_a_daemon_finishes_what_a_leaving_trainer_handed_off(place: Place) -> None:
     daemon = place.daemon(is_on_demand=True)
     with FakeTrainer(daemon.socket, place.root) as trainer:
