@@ -52,7 +52,13 @@ class _Skeleton(
     values: msgspec.Raw
 
 
+_TENSORS = b'"tensors":'
+_NO_TENSORS = b'"tensors":[],"aliases":{}'
+_TEXTS_BYTES = 32 * MIB
+
+
 class _Table(NamedTuple):
+    name: bytes
     tensors: tuple[Tensor, ...]
     aliases: dict[str, str]
     check: PieceCheck
@@ -68,7 +74,8 @@ class RankReader:
     def __init__(self, memory_bytes: int = MEMORY_BYTES) -> None:
         self._known: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()
         self._room_bytes = memory_bytes
-        self._lock = threading.Lock()  # guards the two above
+        self._texts: dict[bytes, _Table] = {}  # as they stand in records, the newest last
+        self._lock = threading.Lock()  # guards the three above
 
     def decode(self, data: bytes, *, key: str) -> RankManifest | Outcome:
         """Decode a stored record; see `decode_record`, which says no more and no less.
@@ -87,19 +94,21 @@ class RankReader:
             plain = unpack_record(data, MAX_RECORD_BYTES)
         except CorruptError:
             return None
+        plain, table = self._cut(plain)
         found = decode_own(plain, _Skeleton)
         if found is None:
             return None
-        digest = xxhash.xxh3_128_digest
-        name = digest(bytes(found.tensors) + b"\0" + bytes(found.aliases))
-        table = self._remember(b"t" + name, lambda: _table(found), len(found.tensors))
+        table = table or self._table(found)
+        if table is None:
+            return None
         spans = [(chunk.dtype, chunk.raw_bytes) for chunk in found.chunks]
-        name = digest(name + msgspec.msgpack.encode(spans) + digest(found.pieces))
-        pieces = table and self._remember(
+        digest = xxhash.xxh3_128_digest
+        name = digest(table.name + msgspec.msgpack.encode(spans) + digest(found.pieces))
+        pieces = self._remember(
             b"p" + name, lambda: _pieces(found, table, spans), len(found.pieces)
-        )
+        )  # fmt: skip
         values = self._values(found)
-        if table is None or pieces is None or values is None:
+        if pieces is None or values is None:
             return None
         facts = {name: getattr(found, name) for name in _Skeleton.__struct_fields__}
         facts |= {"tensors": table.tensors, "aliases": table.aliases}
@@ -109,6 +118,35 @@ class RankReader:
         except ValueError:
             return None
         return record
+
+    def _cut(self, plain: bytes) -> tuple[bytes, _Table | None]:
+        """Cut a known table out of a record: to read past it costs more than all the rest.
+
+        The text is one that a record has had in our own form. So the record is in that form if, and
+        only if, it is with empty tables in its place. Before this place no quote stands without a
+        backslash in a string, and nothing else may be a list, so it is the one of the record.
+        """
+        at = plain.find(_TENSORS)
+        with self._lock:
+            known = list(self._texts.items())
+        for text, table in reversed(known):
+            if at >= 0 and plain.startswith(text, at):
+                return b"".join((plain[:at], _NO_TENSORS, plain[at + len(text) :])), table
+        return plain, None
+
+    def _table(self, found: _Skeleton) -> _Table | None:
+        tensors, aliases = bytes(found.tensors), bytes(found.aliases)
+        text = b"".join((_TENSORS, tensors, b',"aliases":', aliases))
+        name = xxhash.xxh3_128_digest(text)
+        table: _Table | None = self._remember(
+            b"t" + name, partial(_read_table, name, tensors, aliases), len(text)
+        )  # fmt: skip
+        if table is not None:
+            with self._lock:
+                self._texts[text] = table
+                while sum(map(len, self._texts)) > _TEXTS_BYTES and len(self._texts) > 1:
+                    del self._texts[next(iter(self._texts))]
+        return table
 
     def _values(self, found: _Skeleton) -> dict[str, Tree] | None:
         """Return the values; those of one name mostly equal other ranks', all together rarely do."""
@@ -145,16 +183,16 @@ class RankReader:
         return made
 
 
-def _table(found: _Skeleton) -> _Table | None:
-    tensors: tuple[Tensor, ...] | None = decode_own(bytes(found.tensors), tuple[Tensor, ...])
-    aliases: dict[str, str] | None = decode_own(bytes(found.aliases), dict[str, str])
+def _read_table(name: bytes, tensors_text: bytes, aliases_text: bytes) -> _Table | None:
+    tensors: tuple[Tensor, ...] | None = decode_own(tensors_text, tuple[Tensor, ...])
+    aliases: dict[str, str] | None = decode_own(aliases_text, dict[str, str])
     if tensors is None or aliases is None:
         return None
     try:
         check_table(tensors, aliases)
     except ValueError:
         return None
-    return _Table(tensors, aliases, PieceCheck(tensors))
+    return _Table(name, tensors, aliases, PieceCheck(tensors))
 
 
 def _pieces(found: _Skeleton, table: _Table, spans: list[tuple[str, int]]) -> Columns | None:

@@ -130,15 +130,33 @@ def name_boxes(rows: Rows) -> Names:
     return name
 
 
-def name_holdings(held: Holdings, tensor_names: Names) -> Names:
+class TensorNames(NamedTuple):
+    """What `name_holdings` needs to know of tensors, which many ranks share."""
+
+    names: Names
+    is_shared: npt.NDArray[np.bool_]
+    dims: Ints
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> TensorNames:
+        """Give each name of a tensor 64 bits."""
+        return cls(
+            np.array([xxhash.xxh3_64_intdigest(t.fqn.encode()) for t in tensors], np.uint64),
+            np.array([t.kind in REPLICATED_KINDS for t in tensors], np.bool_),
+            np.array([len(t.shape) for t in tensors], np.int64),
+        )
+
+
+def name_holdings(held: Holdings, tensors: TensorNames) -> Names:
     """Return 64 bits for each tensor that are equal where ranks hold the same boxes of it.
 
     0 for tensors whose contents need no comparing: a placement vouches for them, or nobody shares
-    them out, or there are none. `tensor_names` are of `name_tensors`.
+    them out, or there are none.
     """
-    is_shared = np.array([t.kind in REPLICATED_KINDS for t in held.tensors], np.bool_)
-    names = tensor_names.copy()
-    dims = np.array([len(t.shape) for t in held.tensors], np.int64)
+    is_compared = tensors.is_shared & ~held.is_replicated
+    if not is_compared.any():
+        return np.zeros(len(is_compared), np.uint64)
+    names, dims = tensors.names.copy(), tensors.dims
     lengths = 2 * dims * held.counts
     numbers = np.repeat(np.arange(len(held.tensors)), lengths)
     elements = np.zeros(len(names), np.int64)
@@ -149,14 +167,9 @@ def name_holdings(held: Holdings, tensor_names: Names) -> Names:
     mixed = _mix(_mix(position.astype(np.uint64)) ^ held.boxes.astype(np.uint64))
     np.add.at(names, numbers, mixed)
     names = _mix(names) | np.uint64(1)
-    names[~is_shared | held.is_replicated | (elements == 0)] = 0
+    names[~is_compared | (elements == 0)] = 0
     named: Names = names
     return named
-
-
-def name_tensors(tensors: Sequence[Tensor]) -> Names:
-    """Return 64 bits for each name of a tensor."""
-    return np.array([xxhash.xxh3_64_intdigest(t.fqn.encode()) for t in tensors], np.uint64)
 
 
 def refuse_outside(tensor: Tensor, box: Box, rank: int) -> None:

@@ -93,17 +93,25 @@ def plan_reads(wanted: Sequence[Wanted], manifests: Sequence[RankManifest]) -> l
     return [ChunkRead(chunk, tuple(regions)) for chunk, regions in reads.values()]
 
 
-def may_suffice(manifests: Sequence[RankManifest], world_size: int) -> bool:
+def may_suffice(
+    wanted: Sequence[Wanted], manifests: Sequence[RankManifest], world_size: int
+) -> bool:
     """Tell whether these may be planned with, though other ranks stored something too.
 
     Ranks with a plan stored nothing twice, so what these hold nobody else does. Where a rank wrote
     without one, buffers must come from the lowest that stored them, which only all records show.
+    False also where nothing of some wanted tensor is among what these stored.
     """
-    return (
-        len(manifests) == world_size
-        or all(m.plan is not None for m in manifests)
-        or [m.rank for m in manifests] == [0]
-    )
+    if len(manifests) == world_size:
+        return True
+    if any(m.plan is None for m in manifests) and [m.rank for m in manifests] != [0]:
+        return False
+    stored: set[str] = set()
+    for manifest in manifests:
+        places = np.unique(numbers(manifest.pieces.tensor)).tolist()
+        stored.update(manifest.tensors[place].fqn for place in places)
+    stored |= {alias for m in manifests for alias, name in m.aliases.items() if name in stored}
+    return all(fqn in stored or not box.volume for fqn, box in wanted)
 
 
 def _resolve(wanted: Sequence[Wanted], table: Table, aliases: dict[str, str]) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ckptd.errors import ReplicaMismatchError
 from ckptd.model.box import Box
-from ckptd.plan.holdings import Holdings, Names, name_holdings, name_tensors
+from ckptd.plan.holdings import Holdings, TensorNames, name_holdings
 from ckptd.plan.table import join_ranks
 
 Part = TypeVar("Part", Box, tuple[Box, ...], int)
@@ -42,16 +42,18 @@ def common_parts(rows: Sequence[tuple[Holdings, int]]) -> list[dict[int, tuple[s
     Each row is what some ranks hold, and how many they are. Returns for each row, by the place of a
     tensor, its FQN and a number that stands for the boxes of it: the keys of `check_replicas`.
     """
-    of_tables: dict[int, Names] = {}  # by the identity of a table, which ranks share
+    of_tables: dict[int, TensorNames] = {}  # by the identity of a table, which ranks share
     named = []
     for held, _ in rows:
         if id(held.tensors) not in of_tables:
-            of_tables[id(held.tensors)] = name_tensors(held.tensors)
+            of_tables[id(held.tensors)] = TensorNames.of(held.tensors)
         named.append(name_holdings(held, of_tables[id(held.tensors)]))
     weights = np.repeat([count for _, count in rows], [len(names) for names in named])
     found, place = np.unique(np.concatenate(named), return_inverse=True)
     ranks = np.bincount(place.reshape(-1), weights=weights)
     common = found[(ranks > 1) & (found != 0)]
+    if not len(common):
+        return [{} for _ in rows]
     return [
         {
             i: (held.tensors[i].fqn, int(names[i]))

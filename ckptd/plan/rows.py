@@ -162,6 +162,8 @@ def _drop_single(rows: Rows, part: Ints) -> tuple[Rows, Ints]:
     is_kept = np.bincount(part) > 1 if len(part) else np.zeros(0, np.bool_)
     number = np.cumsum(is_kept) - 1
     is_shared = is_kept[part]
+    if is_shared.all():  # a copy would be of millions of rows
+        return rows, number[part]
     return rows.take(is_shared), number[part[is_shared]]
 
 

@@ -19,7 +19,7 @@ import zstandard
 
 from ckptd.errors import LayoutError, MeetingError
 from ckptd.model.tensor import Layout
-from ckptd.plan.holdings import Holdings, TensorTable, name_holdings, name_tensors
+from ckptd.plan.holdings import Holdings, TensorNames, TensorTable, name_holdings
 from ckptd.plan.replicas import check_replicas, common_parts
 from ckptd.plan.split import Share, Splitter, split
 from ckptd.trainer.meeting import Meeting
@@ -359,7 +359,7 @@ def _comparable(layout: Layout, fingerprints: bytes) -> bytes:
     samples = np.zeros(len(layout.held), "<u8")
     if fingerprints:
         held = Holdings.of(layout)
-        is_compared = name_holdings(held, name_tensors(held.tensors)) != 0
+        is_compared = name_holdings(held, TensorNames.of(held.tensors)) != 0
         samples[is_compared] = np.frombuffer(fingerprints, "<u8")[is_compared]
     return samples.tobytes()
 

@@ -155,7 +155,7 @@ class Filling:
             found = read_ranks(self._store, manifest, more, self._reader)
             records |= {record.rank: record for record in found}
             rows = list(records.values())
-            if len(rows) == tried or not may_suffice(rows, len(everyone)):
+            if len(rows) == tried or not may_suffice(wanted, rows, len(everyone)):
                 continue
             tried = len(rows)
             try:

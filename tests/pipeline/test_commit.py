@@ -370,6 +370,20 @@ def test_as_long_as_ranks_are_missing_large_records_are_not_read(
     assert save.commit(store).ranks == (1,)
 
 
+def test_while_ranks_are_missing_no_record_is_read_twice(store: MemoryStore) -> None:
+    save = Save(STEP, 3)
+    save.deliver(store, 0)
+    recording, proofs = RecordingStore(store), Proofs()
+    for _ in range(3):
+        assert try_commit(recording, STEP, 3, proofs).ranks == (1, 2)
+    save.deliver(store, 1)
+    assert try_commit(recording, STEP, 3, proofs).ranks == (2,)
+    read = [op.key for op in recording.ops if op.name == "get" and op.key.startswith("ranks/")]
+    assert read == [keys.rank(STEP, 0), keys.rank(STEP, 1)]
+    save.deliver(store, 2)
+    assert try_commit(recording, STEP, 3, proofs) == COMMITTED
+
+
 @pytest.mark.parametrize("text", ["x", "\0", "\u2028", "\U0001f600", '"', "\ud7ff"])
 def test_any_outcome_is_small_enough_to_be_read_at_once(store: MemoryStore, text: str) -> None:
     record = new_outcome(StepId(9999, 10**12 - 1), 99_999, 100_000, 1 << 47, "skipped", text * 9999)

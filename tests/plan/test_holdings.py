@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
 from ckptd.plan import holdings as module
-from ckptd.plan.holdings import Holdings, TensorTable, name_boxes, name_holdings, name_tensors
+from ckptd.plan.holdings import Holdings, TensorNames, TensorTable, name_boxes, name_holdings
 from ckptd.plan.replicas import common_parts
 from ckptd.plan.split import split
 from tests.plan import layouts as make
@@ -40,7 +40,7 @@ def test_holdings_of_other_tensors_are_refused():
 
 def names(layout):
     held = Holdings.of(layout)
-    return name_holdings(held, name_tensors(held.tensors)).tolist()
+    return name_holdings(held, TensorNames.of(held.tensors)).tolist()
 
 
 def test_equal_parts_have_equal_names_and_others_have_not():

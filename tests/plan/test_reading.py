@@ -172,6 +172,16 @@ def test_a_few_records_may_suffice_where_nothing_was_stored_twice():
     layouts = sharded((0, 8), (0, 8), (0, 8), kind="buffer")
     unplanned, planned = stored(layouts), stored(layouts, plan=split(layouts, 1 << 20))
     for records in (planned[:1], planned[1:], planned, unplanned, unplanned[:1]):
-        assert may_suffice(records, 3)
+        assert may_suffice([], records, 3)
     for records in (unplanned[1:2], unplanned[:2], [planned[0], unplanned[1]]):
-        assert not may_suffice(records, 3)
+        assert not may_suffice([], records, 3)
+
+
+def test_records_that_lack_a_wanted_tensor_do_not_suffice():
+    layouts = sharded((0, 8), (0, 8), (0, 8), kind="buffer")
+    lowest, *others = stored(layouts, plan=split(layouts, 1 << 20))  # which wrote all of it
+    name = lowest.tensors[0].fqn
+    wanted, nothing = Wanted(name, make.rows(0, 8)), Wanted(name, make.rows(3, 3))
+    assert may_suffice([wanted], [lowest], 3)
+    assert not may_suffice([wanted], others, 3)
+    assert may_suffice([nothing], others, 3)
