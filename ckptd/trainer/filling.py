@@ -118,7 +118,7 @@ class Filling:
             plan.write(region.wanted, region.box, raw)
 
         make_buffer = pinned_buffer if plan.cuda_devices else plain_buffer
-        for device in plan.cuda_devices:  # readers write on streams of their own
+        for device in plan.cuda_devices:  # readers do not write on the job's stream
             torch.cuda.synchronize(device)
         with progress_bar("restoring", is_shown=self._request.rank == 0) as progress:
             read_chunks(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import threading
 from typing import Any
 
 import numpy as np
@@ -48,14 +47,3 @@ def pinned_buffer(count: int) -> npt.NDArray[np.uint8]:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream of a device on which captures are copied, beside what trains."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-_local = threading.local()
-
-
-def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the calling thread's own stream of a device."""
-    streams: dict[torch.device, torch.cuda.Stream] = _local.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return streams[device]

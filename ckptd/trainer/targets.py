@@ -15,7 +15,6 @@ from ckptd.errors import LayoutError, ShapeMismatchError
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
-from ckptd.trainer.pinning import own_stream
 from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
 from ckptd.trainer.values import tensor_names
 from ckptd.trainer.wrappers import check_tensor
@@ -179,22 +178,17 @@ def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
     start *= tensor.itemsize
     part = flat[start : start + box.volume * tensor.itemsize]
     if tensor.device.type != "cpu":
-        return lambda at, raw: _put_away(part[at : at + len(raw)], raw)
+
+        def put_away(at: int, raw: npt.NDArray[np.uint8]) -> None:
+            part[at : at + len(raw)].copy_(torch.from_numpy(raw))
+
+        return put_away
     there = part.numpy()
 
     def put(at: int, raw: npt.NDArray[np.uint8]) -> None:
         np.copyto(there[at : at + len(raw)], raw)  # lets go of the interpreter lock
 
     return put
-
-
-def _put_away(part: torch.Tensor, raw: npt.NDArray[np.uint8]) -> None:
-    source = torch.from_numpy(raw)
-    if part.is_cuda:  # threads that share a stream wait for each other's copies
-        with torch.cuda.stream(own_stream(part.device)):
-            part.copy_(source)
-    else:
-        part.copy_(source)
 
 
 def _linear_start(box: Box, shape: tuple[int, ...]) -> int | None:
