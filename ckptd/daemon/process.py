@@ -41,6 +41,7 @@ def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: boo
         ConfigError: the socket's place cannot be used.
     """
     failpoints.arm(env.get("CKPTD_DAEMON_FAILPOINTS", ""))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # From before there is a socket to leave behind until `_take_signals`, a signal waits.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
     try:
@@ -95,7 +96,6 @@ def _serve(config: DaemonConfig, listener: Listener) -> int:
 def _take_signals(handler: Callable[[int, FrameType | None], None], wake_fd: int) -> None:
     for number in _STOPPING:
         signal.signal(number, handler)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # Python handles a signal between two bytecodes of the main thread, which sits in select(): a
     # byte in the pipe that it watches makes that return, whichever thread the signal came to.
     signal.set_wakeup_fd(wake_fd, warn_on_full_buffer=False)

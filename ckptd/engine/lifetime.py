@@ -10,6 +10,7 @@ EXIT_DRAINED = 0
 EXIT_UNFINISHED = 6
 
 TRIM_S = 60.0
+FIRST_CLIENT_S = 5.0
 
 
 class Lifetime:
@@ -27,6 +28,8 @@ class Lifetime:
         self._linger_s = linger_s
         self._trim_s = trim_s
         self._must_linger = True
+        # Whoever started it comes within this at least, however short it is to linger.
+        self._patience_s = None if linger_s is None else max(linger_s, FIRST_CLIENT_S)
         self._lonely_since: float | None = None
         self._idle_since: float | None = None
         self._is_trimmed = True
@@ -44,6 +47,7 @@ class Lifetime:
     def came(self) -> None:
         """Note a new client: what vanished before it has been replaced."""
         self._must_linger = False
+        self._patience_s = self._linger_s
 
     def vanished(self) -> None:
         """Note that a client left without a goodbye."""
@@ -52,8 +56,8 @@ class Lifetime:
     def next_due(self) -> float | None:
         """Return when `check` may have something to say without any event."""
         times = [] if self._stop_at is None else [self._stop_at]
-        if self._lonely_since is not None and self._linger_s is not None:
-            times.append(self._lonely_since + self._linger_s)
+        if self._lonely_since is not None and self._patience_s is not None:
+            times.append(self._lonely_since + self._patience_s)
         if self._idle_since is not None and not self._is_trimmed:
             times.append(self._idle_since + self._trim_s)
         return min(times, default=None)
@@ -71,7 +75,7 @@ class Lifetime:
             yield Exit(EXIT_DRAINED if is_idle else EXIT_UNFINISHED)
         elif not is_idle or has_clients:
             self._lonely_since = None
-        elif self._linger_s is not None:
+        elif self._patience_s is not None:
             self._lonely_since = now if self._lonely_since is None else self._lonely_since
-            if not self._must_linger or now >= self._lonely_since + self._linger_s:
+            if not self._must_linger or now >= self._lonely_since + self._patience_s:
                 yield Exit(EXIT_DRAINED)

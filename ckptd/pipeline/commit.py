@@ -33,7 +33,7 @@ from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
 from ckptd.pipeline.ranks import RankReader
 from ckptd.plan.commit import layout_key, manifest_of
 from ckptd.plan.table import join_ranks
-from ckptd.store.base import Store
+from ckptd.store.base import Entry, Store
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,9 @@ MAX_REASON_CHARS = 4000
 MAX_OUTCOME_BYTES = 32 << 10  # a reason of that many characters, each escaped, and the rest
 TOMBSTONE = b""
 _MAX_DELIVERED = 1 << 16
+
+Seen = tuple[str, Entry]
+"""A root, and what it listed there: one that was begun anew lists other times."""
 
 State = Literal["committed", "failed", "skipped", "unknown", "waiting"]
 
@@ -69,19 +72,19 @@ class Proofs:
     def __init__(self, limit: int = 64) -> None:
         self.reader = RankReader()
         self._known: dict[str, None] = {}
-        self._delivered: dict[str, None] = {}
+        self._delivered: dict[Seen, None] = {}
         self._limit = limit
         self._lock = threading.Lock()  # guards _known and _delivered
 
-    def is_delivery(self, key: str) -> bool:
-        """Tell whether the record at this key was seen, and is no outcome."""
+    def is_delivery(self, seen: Seen) -> bool:
+        """Tell whether this record was read, and is no outcome."""
         with self._lock:
-            return key in self._delivered
+            return seen in self._delivered
 
-    def saw_delivery(self, key: str) -> None:
+    def saw_delivery(self, seen: Seen) -> None:
         """Remember that; the oldest is forgotten at a limit."""
         with self._lock:
-            self._delivered[key] = None
+            self._delivered[seen] = None
             while len(self._delivered) > _MAX_DELIVERED:
                 del self._delivered[next(iter(self._delivered))]
 
@@ -163,23 +166,23 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
     Raises:
         StoreError: nothing is decided; ask again.
     """
-    sizes = {
-        found[1]: entry.bytes
+    entries = {
+        found[1]: entry
         for entry in store.list(f"{keys.RANKS}{step}/")
         if (found := keys.parse_rank(entry.key)) and found[1] < world_size
     }
-    missing = sorted(set(range(world_size)) - sizes.keys())
+    missing = sorted(set(range(world_size)) - entries.keys())
     records = []
     try:
-        for number in sorted(sizes):
+        for number, entry in sorted(entries.items()):
             # As long as ranks are missing this is asked again and again: only an outcome counts.
-            key = keys.rank(step, number)
-            if missing and (sizes[number] > MAX_OUTCOME_BYTES or proofs.is_delivery(key)):
+            seen = (store.url, entry)
+            if missing and (entry.bytes > MAX_OUTCOME_BYTES or proofs.is_delivery(seen)):
                 continue
             record, size, digest = _read_rank(store, step, number, proofs.reader)
             if isinstance(record, Outcome):
                 return end_step(store, step, world_size, outcome_verdict(record))
-            proofs.saw_delivery(key)
+            proofs.saw_delivery(seen)
             records.append((record, size, digest))
         if missing:
             verdict = read_verdict(store, step, world_size)

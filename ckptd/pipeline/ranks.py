@@ -25,6 +25,8 @@ from ckptd.units import MIB
 
 MEMORY_BYTES = 224 * MIB
 _VALUES_DEPTH = 90
+_MOST_NAMES = 4096
+_OBJECT_BYTES = 300  # what the smallest remembered thing takes beside its text
 
 
 class _Skeleton(
@@ -152,7 +154,7 @@ class RankReader:
         """Return the values; those of one name mostly equal other ranks', all together rarely do."""
         parts: dict[str, msgspec.Raw] | None
         parts = decode_own(bytes(found.values), dict[str, msgspec.Raw])
-        if parts is None:
+        if parts is None or len(parts) > _MOST_NAMES:  # the plain decoder counts what it takes
             return None
         values: dict[str, Tree] = {}
         for name, part in parts.items():
@@ -175,8 +177,8 @@ class RankReader:
         if made is not None:
             with self._lock:
                 if name not in self._known:
-                    self._known[name] = made, size
-                    self._room_bytes -= size
+                    self._known[name] = made, size + _OBJECT_BYTES
+                    self._room_bytes -= size + _OBJECT_BYTES
                 made = self._known[name][0]
                 while self._room_bytes < 0 and len(self._known) > 1:
                     self._room_bytes += self._known.popitem(last=False)[1][1]

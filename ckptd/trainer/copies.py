@@ -188,7 +188,7 @@ def _start(
 ) -> torch.cuda.Event:
     """Start copies from a GPU beside its work; the event is over when they are.
 
-    Work that it is given from now on waits for the `first` ones there: a forward pass may change
+    Work that it is given from now on, in this stream or the default one, waits for the `first` ones there: a forward pass may change
     buffers, and no hook tells. They are small, and large copies ahead of them would hold it up.
     """
     stream, current = side_stream(device), torch.cuda.current_stream(device)
@@ -201,6 +201,7 @@ def _start(
             event: torch.cuda.Event = stream.record_event()
             if group is first:
                 current.wait_event(event)
+                torch.cuda.default_stream(device).wait_event(event)
         return event
 
 

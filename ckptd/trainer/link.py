@@ -203,7 +203,6 @@ class Link:
         self._told_arena, self._told_recipes = None, []
         with self._changed:
             self._outgoing = deque(self._pending.values())
-            self._wants = "" if self._wants == "daemon" else self._wants
 
     def _await_welcome(self, port: Port) -> None:
         deadline = time.monotonic() + WELCOME_TIMEOUT_S
@@ -220,6 +219,7 @@ class Link:
             with self._changed:
                 if not self._outgoing:
                     settle = self._wants == "settle"
+                    self._wants = "" if self._wants == "daemon" else self._wants
                     self._wants = "settling" if settle else self._wants
                     break
                 pending = self._outgoing.popleft()
@@ -317,6 +317,8 @@ class Link:
         with self._changed:
             if self._wants == "settling":
                 self._wants = "settle"
+            if self._wants == "daemon" and self._failures >= len(_RETRY_S):
+                self._wants = ""  # the first snapshot will look for one again
         # Half of what a snapshot waits at most: each one is offered at least once.
         wait_s = min(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)], self._give_up_s / 2)
         self._failures += 1

@@ -130,6 +130,13 @@ def test_e1_a_signal_while_a_daemon_starts_leaves_no_socket(place: Place) -> Non
         assert place.sockets() == []
 
 
+def test_a_daemon_that_is_not_to_linger_waits_for_its_first_client(place: Place) -> None:
+    daemon = place.daemon(is_on_demand=True, CKPTD_LINGER_S="0")
+    with save(place) as trainer:
+        trainer.goodbye()
+    assert daemon.wait() == 0
+
+
 def test_e1_a_hang_up_of_the_terminal_is_ignored(place: Place) -> None:
     daemon = place.daemon()
     daemon.send(signal.SIGHUP)

@@ -384,6 +384,16 @@ def test_while_ranks_are_missing_no_record_is_read_twice(store: MemoryStore) -> 
     assert try_commit(recording, STEP, 3, proofs) == COMMITTED
 
 
+def test_what_one_root_delivered_hides_no_outcome_in_another(store: MemoryStore) -> None:
+    proofs, other = Proofs(), MemoryStore("memory://another")
+    Save(STEP, 3).deliver(store, 0)
+    assert try_commit(store, STEP, 3, proofs).ranks == (1, 2)
+    put_outcome(other, new_outcome(STEP, 0, 3, 1, "failed", "the disk is full"))
+    verdict = try_commit(other, STEP, 3, proofs)
+    assert verdict.state == "failed"
+    assert "the disk is full" in verdict.reason
+
+
 @pytest.mark.parametrize("text", ["x", "\0", "\u2028", "\U0001f600", '"', "\ud7ff"])
 def test_any_outcome_is_small_enough_to_be_read_at_once(store: MemoryStore, text: str) -> None:
     record = new_outcome(StepId(9999, 10**12 - 1), 99_999, 100_000, 1 << 47, "skipped", text * 9999)
