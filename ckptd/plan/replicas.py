@@ -18,8 +18,8 @@ Part = TypeVar("Part", Box, tuple[Box, ...], int)
 def check_replicas(rows: Sequence[tuple[int, Mapping[tuple[str, Part], int]]]) -> None:
     """Compare the fingerprints that ranks give for what they hold, keyed by FQN and part.
 
-    A part is a box, several, or a number that stands for them. Zero means "not sampled" and agrees with everything. Equal fingerprints are samples: they do not
-    prove equal contents.
+    A part is a box, several, or a number that stands for them. Zero means "not sampled" and agrees
+    with everything. Equal fingerprints are samples: they do not prove equal contents.
 
     Raises:
         ReplicaMismatchError: with the first FQN (as names sort) and the ranks that differ from the
