@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Literal, NamedTuple
 
 import xxhash
@@ -33,7 +33,7 @@ from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
 from ckptd.pipeline.ranks import RankReader
 from ckptd.plan.commit import layout_key, manifest_of
 from ckptd.plan.table import join_ranks
-from ckptd.store.base import Entry, Store
+from ckptd.store.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,6 @@ MAX_RECORD_BYTES = 256 << 20
 MAX_REASON_CHARS = 4000
 MAX_OUTCOME_BYTES = 32 << 10  # a reason of that many characters, each escaped, and the rest
 TOMBSTONE = b""
-_MAX_DELIVERED = 1 << 16
-
-Seen = tuple[str, Entry]
-"""A root, and what it listed there: one that was begun anew lists other times."""
 
 State = Literal["committed", "failed", "skipped", "unknown", "waiting"]
 
@@ -62,43 +58,41 @@ class Verdict(NamedTuple):
 COMMITTED = Verdict("committed")
 
 
+class Recent:
+    """Things that were seen, the latest `limit` of them; shared by threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._known: dict[Hashable, None] = {}
+        self._limit = limit
+        self._lock = threading.Lock()  # guards _known
+
+    def has(self, thing: Hashable) -> bool:
+        """Tell whether it was seen."""
+        with self._lock:
+            return thing in self._known
+
+    def add(self, thing: Hashable) -> None:
+        """Remember it; the oldest is forgotten at the limit."""
+        with self._lock:
+            self._known[thing] = None
+            while len(self._known) > self._limit:
+                del self._known[next(iter(self._known))]
+
+
 class Proofs:
-    """Remembers for which layouts and plans coverage was proved; shared by threads.
+    """What one commit leaves for the next; shared by threads.
 
     Attributes:
         reader: decodes rank manifests, and remembers what many have in common.
+        layouts: keys (`layout_key`) under which coverage was proved.
+        delivered: records that were read and are no outcomes: the root and what it listed there,
+            since one that was begun anew lists other times.
     """
 
-    def __init__(self, limit: int = 64) -> None:
+    def __init__(self) -> None:
         self.reader = RankReader()
-        self._known: dict[str, None] = {}
-        self._delivered: dict[Seen, None] = {}
-        self._limit = limit
-        self._lock = threading.Lock()  # guards _known and _delivered
-
-    def is_delivery(self, seen: Seen) -> bool:
-        """Tell whether this record was read, and is no outcome."""
-        with self._lock:
-            return seen in self._delivered
-
-    def saw_delivery(self, seen: Seen) -> None:
-        """Remember that; the oldest is forgotten at a limit."""
-        with self._lock:
-            self._delivered[seen] = None
-            while len(self._delivered) > _MAX_DELIVERED:
-                del self._delivered[next(iter(self._delivered))]
-
-    def has(self, key: str) -> bool:
-        """Tell whether coverage under `key` was proved."""
-        with self._lock:
-            return key in self._known
-
-    def add(self, key: str) -> None:
-        """Remember a proof; the oldest is forgotten at the limit."""
-        with self._lock:
-            self._known[key] = None
-            while len(self._known) > self._limit:
-                del self._known[next(iter(self._known))]
+        self.layouts = Recent(64)
+        self.delivered = Recent(1 << 16)
 
 
 def put_rank(store: Store, record: RankManifest) -> None:
@@ -177,12 +171,12 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
         for number, entry in sorted(entries.items()):
             # As long as ranks are missing this is asked again and again: only an outcome counts.
             seen = (store.url, entry)
-            if missing and (entry.bytes > MAX_OUTCOME_BYTES or proofs.is_delivery(seen)):
+            if missing and (entry.bytes > MAX_OUTCOME_BYTES or proofs.delivered.has(seen)):
                 continue
             record, size, digest = _read_rank(store, step, number, proofs.reader)
             if isinstance(record, Outcome):
                 return end_step(store, step, world_size, outcome_verdict(record))
-            proofs.saw_delivery(seen)
+            proofs.delivered.add(seen)
             records.append((record, size, digest))
         if missing:
             verdict = read_verdict(store, step, world_size)
@@ -243,14 +237,14 @@ def verdict_of(error: CkptdError) -> Verdict:
 
 def _prove(records: list[tuple[RankManifest, int, str]], proofs: Proofs) -> Manifest:
     key = layout_key(records)
-    is_proven = proofs.has(key)
+    is_proven = proofs.layouts.has(key)
     manifest = manifest_of(records, is_layout_proven=is_proven)
     if manifest.differing and not is_proven:
         log.info(
             "step %s: kept per rank, because ranks differ: %s",
             manifest.id.short, ", ".join(manifest.differing),
         )  # fmt: skip
-    proofs.add(key)
+    proofs.layouts.add(key)
     return manifest
 
 

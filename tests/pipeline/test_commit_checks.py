@@ -21,6 +21,7 @@ from ckptd.pipeline.commit import (
     COMMITTED,
     TOMBSTONE,
     Proofs,
+    Recent,
     Verdict,
     end_step,
     read_verdict,
@@ -218,7 +219,7 @@ def test_a_layout_that_was_refused_is_not_remembered_as_proved(store: MemoryStor
 
 
 def test_old_proofs_are_forgotten() -> None:
-    proofs = Proofs(limit=2)
+    proofs = Recent(2)
     for name in "abc":
         proofs.add(name)
     assert [proofs.has(name) for name in "abc"] == [False, True, True]

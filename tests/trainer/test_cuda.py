@@ -57,6 +57,11 @@ def ckpt(request: pytest.FixtureRequest) -> Iterator[Checkpointer]:
         yield ckpt
 
 
+def prepare(ckpt: Checkpointer, state: dict[str, Any]) -> None:
+    ckpt.prepare(state)
+    ckpt._preparation.join()
+
+
 def restored(ckpt: Checkpointer, state: dict[str, Any], number: int) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         for tensor in state["model"].state_dict().values():
@@ -73,8 +78,7 @@ def test_d2_training_goes_on_and_the_bytes_are_those_of_the_save(
 ) -> None:
     state = make_job(is_parallel=is_parallel)
     if is_prepared:
-        ckpt.prepare(state)
-        ckpt._preparation.join()
+        prepare(ckpt, state)
     expected = {}
     for number in range(1, 6):
         expected[number] = bits(state)
@@ -88,8 +92,7 @@ def test_d2_training_goes_on_and_the_bytes_are_those_of_the_save(
 
 def test_slots_are_page_locked_and_copies_do_not_wait(ckpt: Checkpointer) -> None:
     state = make_job()
-    ckpt.prepare(state)
-    ckpt._preparation.join()
+    prepare(ckpt, state)
     shelf = ckpt._snapshots._shelf
     assert shelf is not None
     assert shelf.is_pinned
@@ -101,8 +104,7 @@ def test_an_overlapped_save_does_not_wait_for_the_gpu() -> None:
     url = f"memory://cuda-{next(_numbers)}"
     with Checkpointer(url, daemon=False, overlap=True) as ckpt:
         state = make_job()
-        ckpt.prepare(state)
-        ckpt._preparation.join()
+        prepare(ckpt, state)
         ckpt.save(1, state, wait=True)
         before = bits(state)
         torch.cuda._sleep(1 << 32)  # cycles: seconds
@@ -118,8 +120,7 @@ def test_p4_fence_orders_writes_on_the_stream_that_makes_them() -> None:
     url = f"memory://cuda-{next(_numbers)}"
     with Checkpointer(url, daemon=False, overlap=True) as ckpt:
         state = make_job()
-        ckpt.prepare(state)
-        ckpt._preparation.join()
+        prepare(ckpt, state)
         before = bits(state)
         ckpt.save(1, state)
         ckpt.fence()
