@@ -66,6 +66,16 @@ def test_equal_parts_of_different_records_are_one_object() -> None:
     assert other.tensors is one.tensors
 
 
+def test_j4_pieces_are_checked_against_the_tensors_of_their_own_record() -> None:
+    """The same pieces of smaller tensors are not the same pieces."""
+    whole = rank_manifest()
+    smaller = tuple(
+        msgspec.structs.replace(t, shape=tuple(max(0, n - 1) for n in t.shape))
+        for t in whole.tensors
+    )
+    both(warm(), msgspec.json.encode(msgspec.structs.replace(whole, tensors=smaller)))
+
+
 def test_an_outcome_and_another_writers_form_are_read_too() -> None:
     reader = RankReader()
     assert reader.decode(encode_record(OUTCOME), key=KEY) == OUTCOME
