@@ -134,6 +134,7 @@ def test_d6_both_die_and_the_next_job_goes_on(place: Place, ranks: Ranks) -> Non
     # All rank manifests are there and nothing else is lacking: resume commits the step.
     assert again.do("resume") == {"step": 2, "attempt": 1}
     assert again.do("digest") == digest
+    wait_until(lambda: is_serving(path_of(place)), "a new daemon takes the dead one's socket")
     again.do("close")
     assert assert_all_whole(store) == [1, 2]
     store.close()
@@ -157,6 +158,7 @@ def test_d6_both_die_in_the_middle_of_a_chunk_and_the_older_step_comes_back(
     again = start(place, ranks)
     assert again.do("resume") == {"step": 1, "attempt": 1}
     assert again.do("digest") == digest
+    wait_until(lambda: is_serving(path_of(place)), "a new daemon takes the dead one's socket")
     again.do("close")
 
 
