@@ -58,6 +58,13 @@ class Box(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
             start[d], stop[d] = common.start[d], common.stop[d]
         return rest
 
+    def moved(self, origin: tuple[int, ...]) -> Box:
+        """Return this box as seen from `origin`."""
+        return Box(
+            tuple(a - o for a, o in zip(self.start, origin, strict=True)),
+            tuple(b - o for b, o in zip(self.stop, origin, strict=True)),
+        )
+
     def slices(self, origin: tuple[int, ...]) -> tuple[slice, ...]:
         """Return the index that selects this box from an array whose first element is `origin`."""
         return tuple(

@@ -91,12 +91,12 @@ class Destination:
 
 
 def _source(piece: Piece, held: Held) -> Source:
-    boxes = held.boxes
-    if len(boxes) != 1 or boxes[0].intersect(piece.box) != piece.box:
-        raise ValueError(f"{held.tensor.fqn}: box {piece.box} is not held")
-    if piece.box == boxes[0]:
-        return Source(piece.tensor, None)
-    return Source(piece.tensor, piece.box.slices(boxes[0].start))
+    for part, box in enumerate(held.boxes):
+        if piece.box == box:
+            return Source(piece.tensor, part, None)
+        if box.intersect(piece.box) == piece.box:
+            return Source(piece.tensor, part, piece.box.slices(box.start))
+    raise ValueError(f"{held.tensor.fqn}: box {piece.box} is not held")
 
 
 def _place(slot: memoryview, piece: Piece, chunk: PackedChunk) -> torch.Tensor:

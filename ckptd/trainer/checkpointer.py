@@ -27,7 +27,7 @@ from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 from ckptd.trainer.ports import hello_of, is_daemon_there, open_port
 from ckptd.trainer.preparing import Preparation
-from ckptd.trainer.resuming import Resuming
+from ckptd.trainer.resuming import Resuming, Root
 from ckptd.trainer.saving import Saving
 from ckptd.trainer.snapshots import Snapshots
 from ckptd.trainer.stored import MapLocation, Rename
@@ -105,7 +105,8 @@ class Checkpointer:
             give_up_s=busy_timeout_s if daemon is not False else commit_timeout_s,
         )  # fmt: skip
         self._preparation = Preparation(self.options, self._agreement, self._snapshots)
-        self._resuming = Resuming(self.options, self._meeting)
+        root = Root(self.options.url, self.options.storage_options, may_commit=True)
+        self._resuming = Resuming(root, self._meeting, meeting_timeout_s)
         self._saving = Saving(
             self.options, self._agreement, self._snapshots, self._link, self._load
         )

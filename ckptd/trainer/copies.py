@@ -20,9 +20,10 @@ DEFER_BYTES = 32 << 10
 
 
 class Source(NamedTuple):
-    """A leaf by its place, and what of it; `cut` None: the whole tensor."""
+    """A leaf by its place, which of its parts, and what of that; `cut` None: all."""
 
     leaf: int
+    part: int
     cut: tuple[slice, ...] | None
 
 
@@ -32,6 +33,10 @@ class Part(NamedTuple):
     source: Source
     place: torch.Tensor
     start: int
+
+    def tensor(self, leaves: Sequence[Leaf]) -> torch.Tensor:
+        """Return the memory that it is copied out of."""
+        return leaves[self.source.leaf].parts[self.source.part]
 
 
 class Copies:
@@ -97,7 +102,7 @@ class Copies:
             torch.cat(sources, out=run)
 
     def _join(self, slot: memoryview, run: Sequence[Part]) -> None:
-        tensors = [self._leaves[part.source.leaf].tensor for part in run]
+        tensors = [part.tensor(self._leaves) for part in run]
         size = run[-1].start + run[-1].place.nbytes - run[0].start
         whole = torch.frombuffer(slot, dtype=torch.uint8, count=size, offset=run[0].start)
         self._joined += tensors
@@ -106,10 +111,11 @@ class Copies:
 
     def _add(self, part: Part) -> None:
         leaf = self._leaves[part.source.leaf]
-        tensor, cut = leaf.tensor.detach(), part.source.cut
-        source = leaf.tensor if cut is None else tensor[cut]
+        live, cut = part.tensor(self._leaves), part.source.cut
+        tensor = live.detach()
+        source = live if cut is None else tensor[cut]
         if cut is not None:
-            self._cuts.append((leaf.tensor, tensor.data_ptr(), tensor.stride()))
+            self._cuts.append((live, tensor.data_ptr(), tensor.stride()))
         is_late = self.defers and leaf.kind in REPLICATED_KINDS and not _is_lazy(tensor)
         copies = self._late if is_late and part.place.nbytes > DEFER_BYTES else self._now
         copies.append(Copied(leaf.fqn, source, part.place))
@@ -220,7 +226,7 @@ def _runs(
     run: list[Part] = []
     end = -1
     for part in parts:
-        tensor = leaves[part.source.leaf].tensor
+        tensor = part.tensor(leaves)
         is_plain = part.source.cut is None and _is_plain(tensor, join_bytes)
         if run and not (is_plain and part.start == end):
             yield run

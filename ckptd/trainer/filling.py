@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +9,6 @@ import torch
 
 from ckptd.bars import progress_bar
 from ckptd.errors import LayoutError
-from ckptd.model.box import Box
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest, Tree
 from ckptd.pipeline.catalog import read_manifest, read_rank, read_ranks
@@ -19,14 +17,11 @@ from ckptd.pipeline.read import Put, plain_buffer, read_chunks
 from ckptd.pipeline.threads import usable_cores
 from ckptd.plan.reading import ChunkRead, Region, Wanted, may_suffice, plan_reads
 from ckptd.store.base import Store
-from ckptd.trainer import rng
+from ckptd.trainer.flatten import survey
+from ckptd.trainer.inheritance import Heir, Inheritance
 from ckptd.trainer.pinning import pinned_buffer
 from ckptd.trainer.rebuild import RestorePlan, Restorer
-from ckptd.trainer.rng import RNGState
 from ckptd.trainer.stored import MapLocation, Rename
-from ckptd.trainer.values import PerRank
-
-log = logging.getLogger("ckptd.trainer")
 
 # Twice the cores, since half of the threads wait for the store. More than a few wait for each other's
 # interpreter lock: eight were slower than four on 2 cores and on 16.
@@ -91,14 +86,26 @@ class Filling:
         manifest = self._manifest = read_manifest(self._store, id_)
         own_rank = min(request.rank, manifest.world_size - 1)
         own = read_rank(self._store, manifest, own_rank, self._reader)
-        self._values = self._choose_values(manifest, own)
+        surveyed = survey(request.state)
+        heir = Heir(
+            request.state, surveyed, request.rank, request.world_size, request.strict,
+            request.trust_pickle, is_renamed=request.rename is not None,
+        )  # fmt: skip
+        inheritance = Inheritance(
+            heir,
+            manifest,
+            own,
+            lambda ranks: read_ranks(self._store, manifest, ranks, self._reader),
+        )
+        self._values = inheritance.choose()
+        self._surplus = inheritance.surplus
         tensors = {tensor.fqn: tensor for tensor in manifest.tensors}
         restorer = Restorer(
             request.state, strict=request.strict, rename=request.rename,
             map_location=request.map_location, trust_pickle=request.trust_pickle,
         )  # fmt: skip
         self._plan = restorer.wanted(tensors, manifest.aliases, {**own.values, **self._values})
-        wanted = [Wanted(t.fqn, Box.full(tuple(t.tensor.shape))) for t in self._plan.targets]
+        wanted = [Wanted(t.fqn, t.box) for t in self._plan.targets]
         self._reads = self._plan_reads(manifest, own, wanted)
 
     def fill(self) -> None:
@@ -169,44 +176,3 @@ class Filling:
         """Return the old ranks that stood where this one stands now, by its share of the world."""
         old, new, rank = manifest.world_size, self._request.world_size, self._request.rank
         return range(rank * old // new, min(old, -(-(rank + 1) * old // new)))
-
-    def _choose_values(self, manifest: Manifest, own: RankManifest) -> dict[str, Tree]:
-        """Return this rank's values: its own where it had some, the common ones otherwise."""
-        request = self._request
-        old_world, rank = manifest.world_size, request.rank
-        if old_world == request.world_size:
-            return dict(own.values)
-        first = own if own.rank == 0 else read_rank(self._store, manifest, 0, self._reader)
-        # What is kept per rank is so even where all ranks happened to agree, or where there was one.
-        differing = [
-            name
-            for name, live in request.state.items()
-            if name in manifest.differing
-            or (name in first.values and isinstance(live, (RNGState, PerRank)))
-        ]
-        self._surplus = tuple(
-            f"{name}@{old}" for name in differing for old in range(request.world_size, old_world)
-        )
-        left_out = {*manifest.differing, *differing}
-        values = {name: tree for name, tree in first.values.items() if name not in left_out}
-        for name in differing:
-            self._check_rule(name, manifest)
-            if rank < old_world and name in own.values:
-                values[name] = own.values[name]
-            elif isinstance(request.state[name], RNGState) and name in first.values:
-                values[name] = rng.derive(first.values[name], rank)
-        return values
-
-    def _check_rule(self, name: str, manifest: Manifest) -> None:
-        """Refuse to guess what a value that differed between ranks means on another world size."""
-        request = self._request
-        if isinstance(request.state[name], (RNGState, PerRank)):
-            return
-        message = (
-            f"{name} was different on the ranks of the checkpoint, and the world size went from "
-            f"{manifest.world_size} to {request.world_size}: wrap it in ckptd.PerRank (old ranks get "
-            "their own, new ranks keep what they have), or leave it out of the state"
-        )
-        if request.strict:
-            raise LayoutError(message, fqn=name)
-        log.warning("%s", message)

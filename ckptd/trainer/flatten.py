@@ -7,7 +7,7 @@ as soon as `flatten` returns.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -16,12 +16,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptd.errors import ConfigError, LayoutError, UnsupportedValueError
-from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import MAX_FQN_CHARS, Kind
 from ckptd.trainer import rng, tags
 from ckptd.trainer.modules import ModuleState, Names, is_parameter, module_state
 from ckptd.trainer.optimizers import check_hidden, collect, plain_optimizers
+from ckptd.trainer.shards import Shards, is_dtensor, meshes_of, shards_of
 from ckptd.trainer.values import PerRank, encode_value
 from ckptd.trainer.wrappers import check_tensor
 
@@ -42,13 +42,18 @@ Columns = tuple[
 
 
 class Leaf(NamedTuple):
-    """A live tensor of the state. `box` is the part of the global tensor that it is; None: all."""
+    """A live tensor of the state. `shards` is what this rank holds of it; None: all."""
 
     fqn: str
     tensor: torch.Tensor
     kind: Kind
     requires_grad: bool
-    box: Box | None = None
+    shards: Shards | None = None
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The memory of it that is here, in the order of its boxes."""
+        return (self.tensor,) if self.shards is None else self.shards.parts
 
 
 class Part(NamedTuple):
@@ -64,19 +69,20 @@ class Flat(NamedTuple):
     """A flattened state. Holds the live tensors; valid until the job replaces one of them.
 
     `aliases` maps further names of a tensor (tied parameters) to the one that stands in `leaves`.
-    `columns` go by all names in order, those of aliases too. `raw` is the names and tensors in the
-    order of the state, and the tensors in the order of their names.
+    `columns` go by all names in order, those of aliases too, and `sharded` by places in them. `raw` is
+    the names and tensors in the order of the state, and the tensors in the order of their names.
     """
 
     leaves: list[Leaf]
     aliases: dict[str, str]
     values: dict[str, Tree]
     columns: Columns
+    sharded: dict[int, Shards]
     raw: tuple[list[str], list[torch.Tensor], list[torch.Tensor]]
 
-    def signature(self) -> Columns:
+    def signature(self) -> object:
         """Return what is equal for two flattenings exactly if their layouts are."""
-        return self.columns
+        return self.columns, [(i, shards.about()) for i, shards in self.sharded.items()]
 
 
 class Survey(NamedTuple):
@@ -193,6 +199,11 @@ def _plain_list(name: str, items: list[object]) -> list[Optimizer]:
     return found
 
 
+def stream_of(live: rng.RNGState, tensors: Iterable[object]) -> int | None:
+    """Return the stream of this rank's generators if it says so, or `tensors` of its state do."""
+    return live.stream if live.stream is not None else rng.stream_of_meshes(meshes_of(tensors))
+
+
 def is_stateful(value: object) -> bool:
     """Tell whether an object saves and loads itself."""
     return callable(getattr(value, "state_dict", None)) and callable(
@@ -216,7 +227,7 @@ def _flatten_modules(states: list[ModuleState], sink: Collector, allow_pickle: b
 def _flatten_other(part: Part, sink: Collector, allow_pickle: bool) -> Tree:  # noqa: FBT001
     value = part.value
     if part.role == "rng":
-        return rng.capture()
+        return rng.capture(stream_of(value, sink.tensors))
     if part.role == "per_rank" and is_stateful(value.value):
         value = PerRank(value.value.state_dict())
     if part.role == "object":
@@ -265,16 +276,18 @@ class Collector:
         tensors = [self.tensors[i] for i in order]
         _check_unique(fqns)
         # First: asking anything else of an odd tensor may raise.
-        _check_all(fqns, tensors)
+        sharded = _check_all(fqns, tensors)
         kinds = [_kind(self.kinds[i], self.tensors[i]) for i in order]
-        aliases = _aliases(fqns, kinds, tensors)
+        aliases = _aliases(fqns, kinds, tensors, sharded)
         about = _about(tensors)
         leaves = list(map(Leaf, fqns, tensors, kinds, about[3]))
+        for i, shards in sharded.items():
+            leaves[i] = leaves[i]._replace(shards=shards)
         if aliases:
             leaves = [leaf for leaf in leaves if leaf.fqn not in aliases]
         columns = (fqns, kinds, sorted(aliases.items()), *about)
         raw = (self.fqns, self.tensors, tensors)
-        return Flat(leaves, aliases, values, columns, raw)
+        return Flat(leaves, aliases, values, columns, sharded, raw)
 
     def _is_as(self, previous: Flat) -> bool:
         fqns, tensors, in_order = previous.raw
@@ -284,9 +297,10 @@ class Collector:
             and len(self.tensors) == len(tensors)
             and all(map(operator.is_, self.tensors, tensors))
             and _is_about(in_order, previous.columns)
+            and all(shards.is_of(in_order[i]) for i, shards in previous.sharded.items())
             and (
                 not previous.aliases
-                or previous.aliases == _aliases(*previous.columns[:2], in_order)
+                or previous.aliases == _aliases(*previous.columns[:2], in_order, previous.sharded)
             )
         )
 
@@ -333,15 +347,26 @@ def _check_unique(fqns: list[str]) -> None:
         raise LayoutError(f"{twice} stands twice in the state", fqn=twice)
 
 
-def _check_all(fqns: list[str], tensors: list[torch.Tensor]) -> None:
-    for fqn, tensor in zip(fqns, tensors, strict=True):
+def _check_all(fqns: list[str], tensors: list[torch.Tensor]) -> dict[int, Shards]:
+    """Check all tensors; return what is here of those that are spread over ranks, by their places."""
+    sharded = {}
+    for i, (fqn, tensor) in enumerate(zip(fqns, tensors, strict=True)):
         if len(fqn) > MAX_FQN_CHARS or not fqn.isprintable():
             raise UnsupportedValueError(f"{fqn[:200]!r} cannot be the name of a tensor", fqn=fqn)
-        check_tensor(fqn, tensor)
+        if is_dtensor(tensor):
+            sharded[i] = shards_of(fqn, tensor)
+            for part in sharded[i].parts:
+                check_tensor(fqn, part)
+        else:
+            check_tensor(fqn, tensor)
+    return sharded
 
 
-def _aliases(fqns: list[str], kinds: list[Kind], tensors: list[torch.Tensor]) -> dict[str, str]:
-    starts = [t.data_ptr() for t in tensors]
+def _aliases(
+    fqns: list[str], kinds: list[Kind], tensors: list[torch.Tensor], sharded: dict[int, Shards]
+) -> dict[str, str]:
+    # Of a tensor that is spread over ranks some hold no memory: all must find the same aliases.
+    starts = [id(t) if i in sharded else t.data_ptr() for i, t in enumerate(tensors)]
     if len(set(starts)) == len(starts):
         return {}
     first: dict[object, int] = {}
@@ -352,8 +377,10 @@ def _aliases(fqns: list[str], kinds: list[Kind], tensors: list[torch.Tensor]) ->
         if not starts[i]:
             continue
         # The bits say how the same memory is read: a conjugated view is another tensor.
-        memory = (starts[i], tensor.device, tensor.dtype, tensor.shape, tensor.stride(),
-                  tensor.is_conj(), tensor.is_neg())  # fmt: skip
+        memory: object = starts[i]
+        if i not in sharded:
+            memory = (starts[i], tensor.device, tensor.dtype, tensor.shape, tensor.stride(),
+                      tensor.is_conj(), tensor.is_neg())  # fmt: skip
         kept = first.setdefault(memory, i)
         if kept != i:
             aliases[fqns[i]] = fqns[kept]

@@ -48,12 +48,16 @@ def _held(leaf: Leaf) -> Held:
     shape = tuple(tensor.shape)
     name = DTYPE_NAMES[tensor.dtype]
     row = Tensor(leaf.fqn, name, shape, leaf.kind, leaf.requires_grad, str(tensor.device))
-    return Held(row, (leaf.box or Box.full(shape),))
+    if leaf.shards is not None:
+        return Held(row, *leaf.shards.about())
+    return Held(row, (Box.full(shape),))
 
 
 def _coming(tensor: Predicted) -> Held:
     name = DTYPE_NAMES[tensor.dtype]
     row = Tensor(tensor.fqn, name, tensor.shape, "optimizer", False, str(tensor.device))
+    if tensor.shards is not None:
+        return Held(row, *tensor.shards.about())
     return Held(row, (Box.full(tensor.shape),))
 
 
@@ -67,9 +71,9 @@ def fingerprints(leaves: Sequence[Leaf]) -> list[int]:
     found = [0] * len(leaves)
     with torch.no_grad():
         samples = {
-            i: _sample(leaf.tensor)
+            i: _sample_all(leaf.parts)
             for i, leaf in enumerate(leaves)
-            if leaf.kind in REPLICATED_KINDS and leaf.tensor.numel()
+            if leaf.kind in REPLICATED_KINDS and _is_sampled(leaf)
         }
         by_device: dict[torch.device, list[int]] = {}
         for i, sample in samples.items():
@@ -84,9 +88,19 @@ def fingerprints(leaves: Sequence[Leaf]) -> list[int]:
     return found
 
 
+def _is_sampled(leaf: Leaf) -> bool:
+    if leaf.shards is None:
+        return leaf.tensor.numel() > 0
+    return bool(leaf.shards.parts) and not leaf.shards.is_replicated
+
+
 def fingerprint_bytes(leaves: Sequence[Leaf]) -> bytes:
     """Return `fingerprints` as they stand in a rank manifest: 8 bytes each, little-endian."""
     return np.array(fingerprints(leaves), "<u8").tobytes()
+
+
+def _sample_all(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return _sample(parts[0]) if len(parts) == 1 else torch.cat([_sample(part) for part in parts])
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from ckptd.errors import LayoutError, UnsupportedValueError
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Kind
 from ckptd.trainer.modules import Names
+from ckptd.trainer.shards import Shards, is_dtensor, shards_of
 from ckptd.trainer.values import TensorSink, encode_value
 
 # How the live program wants its kernels, not state: what was saved may not run on these devices.
@@ -34,12 +35,13 @@ class OptimizerSink(TensorSink, Protocol):
 
 
 class Predicted(NamedTuple):
-    """A tensor that an optimizer will hold after its next step."""
+    """A tensor that an optimizer will hold after its next step; `shards` as of its parameter."""
 
     fqn: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    shards: Shards | None = None
 
 
 def plain_optimizers(value: object, path: str) -> list[Optimizer] | None:
@@ -235,7 +237,8 @@ def state_keys(optimizer: Optimizer, options: Mapping[str, Any]) -> list[str] | 
 
 def _predict(fqn: str, key: str, parameter: torch.Tensor, group: dict[str, Any]) -> Predicted:
     if key != "step":
-        return Predicted(fqn, tuple(parameter.shape), parameter.dtype, parameter.device)
+        shards = shards_of(fqn, parameter) if is_dtensor(parameter) else None
+        return Predicted(fqn, tuple(parameter.shape), parameter.dtype, parameter.device, shards)
     # As torch.optim.optimizer._get_scalar_dtype.
     wide = not group.get("fused") and torch.get_default_dtype() == torch.float64
     return Predicted(

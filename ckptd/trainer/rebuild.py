@@ -140,7 +140,7 @@ class RestorePlan:
 
     @property
     def targets(self) -> list[Target]:
-        """The tensors to fill, by place; each whole."""
+        """The memory to fill, by place."""
         return self._targets.rows
 
     @property
@@ -156,21 +156,23 @@ class RestorePlan:
         return sorted(names | (values - self._state.keys()) | (values & set(self.missing)))
 
     def write(self, i: int, box: Box, raw: memoryview | bytes | bytearray) -> None:
-        """Copy verified bytes (row-major) into a box of target `i`.
+        """Copy verified bytes (row-major) into a box, which lies in that of target `i`.
 
         From any thread; boxes that are written at once must not overlap. `raw` is not kept.
 
         Raises:
             ValueError: the box is not in the tensor, or `raw` is not its bytes.
         """
-        write_box(self._targets.rows[i].tensor, box, raw)
+        target = self._targets.rows[i]
+        write_box(target.tensor, target.inner(box), raw)
 
     def place(self, i: int, box: Box) -> Put | None:
         """Return what takes the bytes of a box of target `i` in parts; None: `write` takes them whole.
 
         The same rules as for `write`.
         """
-        return put_of(self._targets.rows[i].tensor, box)
+        target = self._targets.rows[i]
+        return put_of(target.tensor, target.inner(box))
 
     @property
     def cuda_devices(self) -> set[torch.device]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -30,7 +30,6 @@ from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.trainer.filling import Filling, Request, Resumed
 from ckptd.trainer.meeting import Meeting
-from ckptd.trainer.options import Options
 
 log = logging.getLogger("ckptd.trainer")
 
@@ -52,12 +51,21 @@ class _Report(msgspec.Struct):
     fqn: str = ""
 
 
-class Resuming:
-    """Resumes one job; all ranks call `run` alike."""
+class Root(NamedTuple):
+    """Where to look. `may_commit`: steps that lack only their manifest are given it first."""
 
-    def __init__(self, options: Options, meeting: Meeting) -> None:
-        self._options = options
+    url: str
+    storage_options: dict[str, object]
+    may_commit: bool
+
+
+class Resuming:
+    """Restores checkpoints of one root into the state of a job; all ranks call `run` alike."""
+
+    def __init__(self, root: Root, meeting: Meeting, timeout_s: float) -> None:
+        self._root = root
         self._meeting = meeting
+        self._timeout_s = timeout_s
         self._runs = 0
 
     def run(self, request: Request, step: int | None) -> Resumed | None:
@@ -66,7 +74,7 @@ class Resuming:
         See `Checkpointer.resume`.
         """
         self._runs += 1
-        store = open_store(self._options.url, self._options.storage_options)
+        store = open_store(self._root.url, self._root.storage_options)
         try:
             return self._run(store, request, step)
         finally:
@@ -74,8 +82,10 @@ class Resuming:
 
     def _run(self, store: Store, request: Request, step: int | None) -> Resumed | None:
         # Rank 0 looks only when the daemons of all nodes have settled (or their ranks gave up).
-        self._meeting.gather(f"resume/{self._runs}/settled", b"", self._options.meeting_timeout_s)
-        candidates = _candidates(store, step) if self._meeting.rank == 0 else iter(())
+        self._meeting.gather(f"resume/{self._runs}/settled", b"", self._timeout_s)
+        candidates: Iterator[StepId] = iter(())
+        if self._meeting.rank == 0:
+            candidates = _candidates(store, step, may_commit=self._root.may_commit)
         damages: list[str] = []
         is_torn = False
         turn = 0
@@ -126,7 +136,7 @@ class Resuming:
             proposal = _propose(candidates)
             self._meeting.announce(topic, msgspec.json.encode(proposal))
         else:
-            answer = self._meeting.hear(topic, self._options.meeting_timeout_s)
+            answer = self._meeting.hear(topic, self._timeout_s)
             proposal = msgspec.json.decode(answer, type=_Proposal)
         if proposal.kind:
             raise _error(proposal.kind, f"rank 0 could not look: {proposal.reason}")
@@ -143,7 +153,7 @@ class Resuming:
         answers = self._meeting.gather(
             f"resume/{self._runs}/{name}",
             msgspec.json.encode(report),
-            self._options.meeting_timeout_s,
+            self._timeout_s,
         )
         reports = [msgspec.json.decode(answer, type=_Report) for answer in answers]
         if report.state == "bad":
@@ -156,9 +166,10 @@ class Resuming:
         return "; ".join(damaged) or None
 
 
-def _candidates(store: Store, step: int | None) -> Iterator[StepId]:
+def _candidates(store: Store, step: int | None, *, may_commit: bool) -> Iterator[StepId]:
     """Yield the checkpoints to try: the newest of the line, then back; or just `step`."""
-    commit_whole_steps(store)
+    if may_commit:
+        commit_whole_steps(store)
     if step is None:
         has_any = False
         for manifest in line(store):

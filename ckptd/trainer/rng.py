@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -23,11 +24,45 @@ class RNGState:
     These are Python's ``random``, numpy's global one if ``numpy.random`` is imported, torch's on the
     CPU and, if CUDA is in use, on every visible device. Generators of your own, such as
     ``numpy.random.default_rng()``, are not among them: put their state into the state mapping.
+
+    A rank of a checkpoint of another world size gets the generators of its `stream`, or fresh ones
+    that follow from the checkpoint where there was no such stream. Ranks that must draw the same
+    numbers, as tensor-parallel peers must for dropout, have one stream: their data-parallel index.
     """
 
+    def __init__(self, stream: Any = None) -> None:
+        """Take the number of this rank's stream, or the mesh of data parallelism that it is on.
 
-def capture() -> Tree:
-    """Return the state of all generators of this process."""
+        Without one it is the index among all dimensions that are not called ``tp`` of a mesh with
+        named dimensions that a DTensor of the state lies on, else the rank.
+        """
+        is_plain = stream is None or type(stream) is int
+        self.stream: int | None = stream if is_plain else int(stream.get_local_rank())
+
+
+def stream_of_meshes(meshes: Iterable[Any]) -> int | None:
+    """Return this rank's place among the data-parallel ones of the largest mesh with a ``tp``."""
+    named = [m for m in meshes if m.mesh_dim_names and "tp" in m.mesh_dim_names]
+    mesh = max(named, key=lambda m: m.ndim, default=None)
+    place = mesh.get_coordinate() if mesh is not None else None
+    if mesh is None or place is None:
+        return None
+    stream = 0
+    for name, count, index in zip(mesh.mesh_dim_names, mesh.shape, place, strict=True):
+        if name != "tp":
+            stream = stream * count + index
+    return stream
+
+
+def stream_of(tree: Tree, rank: int) -> int:
+    """Return the stream that a stored state of generators is of; `rank` saved it."""
+    held = tree.get("$per_rank") if type(tree) is dict else None
+    stream = held.get("stream") if type(held) is dict else None
+    return stream if type(stream) is int else rank
+
+
+def capture(stream: int | None = None) -> Tree:
+    """Return the state of all generators of this process, which has this stream."""
     version, numbers, gauss = random.getstate()
     held: dict[str, Any] = {
         "python": [version, np.array(numbers, np.uint32), gauss],
@@ -37,6 +72,8 @@ def capture() -> Tree:
         held["numpy"] = list(np.random.get_state())  # noqa: NPY002 - it is the global one that is meant
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         held["cuda"] = torch.cuda.get_rng_state_all()
+    if stream is not None:
+        held["stream"] = stream
     return encode_value(PerRank(held), path="rng", tensors=InlineTensors())
 
 

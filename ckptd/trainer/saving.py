@@ -24,7 +24,7 @@ from ckptd.model.tensor import Layout
 from ckptd.plan.split import whole_share
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import check_step
-from ckptd.trainer.flatten import Columns, Flat, flatten
+from ckptd.trainer.flatten import Flat, flatten
 from ckptd.trainer.handle import Handle
 from ckptd.trainer.layouts import fingerprint_bytes, layout_of
 from ckptd.trainer.link import Link, Pending
@@ -73,7 +73,7 @@ class Saving:
         self._load = load
         self._overlap = Overlap() if options.overlap else None
         self._flat: Flat | None = None
-        self._layout: tuple[Columns, Layout] | None = None  # with the signature it was made for
+        self._layout: tuple[object, Layout] | None = None  # with the signature it was made for
         self._handles: list[Handle] = []
 
     def save(

@@ -15,6 +15,7 @@ from ckptd.errors import LayoutError, ShapeMismatchError
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
+from ckptd.trainer.shards import is_dtensor, shards_of
 from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
 from ckptd.trainer.values import tensor_names
 from ckptd.trainer.wrappers import check_tensor
@@ -24,10 +25,15 @@ Put = Callable[[int, npt.NDArray[np.uint8]], None]
 
 
 class Target(NamedTuple):
-    """A tensor to fill: all of it, with what the checkpoint holds under `fqn`."""
+    """Memory to fill, with the box `box` of what the checkpoint holds under `fqn`."""
 
     fqn: str
+    box: Box
     tensor: torch.Tensor
+
+    def inner(self, box: Box) -> Box:
+        """Return a box of the stored tensor as one of the memory."""
+        return box.moved(self.box.start)
 
 
 class Targets:
@@ -57,7 +63,8 @@ class Targets:
         """
         groups: dict[object, list[tuple[str, torch.Tensor]]] = {}
         for fqn, tensor in named:
-            check_tensor(fqn, tensor)
+            if not is_dtensor(tensor):
+                check_tensor(fqn, tensor)
             groups.setdefault(_memory(tensor), []).append((fqn, tensor))
         for group in groups.values():
             found = [fqn for fqn, _ in group if self._stored.find(fqn) is not None]
@@ -89,8 +96,13 @@ class Targets:
     def fill(self, row: Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """Want `tensor` filled with the contents of `row`; returns `tensor`."""
         self.used.add(row.fqn)
-        if tensor.numel():
-            self.rows.append(Target(row.fqn, tensor))
+        if is_dtensor(tensor):
+            shards = shards_of(row.fqn, tensor)
+            for box, part in zip(shards.boxes, shards.parts, strict=True):
+                check_tensor(row.fqn, part)
+                self.rows.append(Target(row.fqn, box, part))
+        elif tensor.numel():
+            self.rows.append(Target(row.fqn, Box.full(tuple(tensor.shape)), tensor))
         return tensor
 
     def fresh(self, row: Tensor, *, like: torch.Tensor | None = None) -> torch.Tensor:
@@ -134,7 +146,7 @@ class Targets:
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    start = tensor.data_ptr()
+    start = 0 if is_dtensor(tensor) else tensor.data_ptr()
     if not start:
         return id(tensor)
     return (

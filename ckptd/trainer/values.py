@@ -14,12 +14,12 @@ import io
 import pickle
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import msgspec
 import torch
 
-from ckptd.errors import CorruptError, UnsupportedValueError
+from ckptd.errors import ConfigError, CorruptError, UnsupportedValueError
 from ckptd.model.manifest import Tree
 from ckptd.trainer import tags
 
@@ -39,10 +39,24 @@ class PerRank(Generic[T]):
 
     Each rank saves its own and gets its own back; without this, ckptd notices that ranks differ and
     says so once. Tensors inside are stored with the values, so they must be small.
+
+    `on_resize` says what happens when a checkpoint of another world size is restored: ``"error"``
+    refuses it; ``"drop"`` gives ranks that there were their own, leaves new ranks what they have, and
+    forgets the others' (they are named in `Resumed.surplus`); a function is called on each rank with
+    the saved values of all old ranks in order, the rank and the world size, and returns the value of
+    this rank. Of an object with ``state_dict`` the values are its state dicts.
     """
 
-    def __init__(self, value: T) -> None:
+    def __init__(
+        self,
+        value: T,
+        *,
+        on_resize: Literal["error", "drop"] | Callable[[list[Any], int, int], Any] = "error",
+    ) -> None:
+        if on_resize not in ("error", "drop") and not callable(on_resize):
+            raise ConfigError(f"on_resize={on_resize!r}: write 'error', 'drop' or a function")
         self.value = value
+        self.on_resize = on_resize
 
     def __repr__(self) -> str:
         return f"PerRank({self.value!r})"

@@ -227,12 +227,12 @@ def test_values_that_differ_are_kept_per_rank_and_come_back(start: Start) -> Non
     states = [make_state(1, shard=rank, loader=PerRank([rank] * 3)) for rank in range(2)]
     for handle in job.save(1, states):
         assert handle.result(WAIT_S).differing == ("loader", "shard")
-    others = replicas(2, shard=-1, loader=PerRank([]))
+    others = replicas(2, shard=-1, loader=PerRank([], on_resize="drop"))
     start_again = start(2)
     start_again.resume(others)
     assert [other["shard"] for other in others] == [0, 1]
     assert [other["loader"].value for other in others] == [[0] * 3, [1] * 3]
-    more = replicas(3, shard=-1, loader=PerRank([]))
+    more = replicas(3, shard=-1, loader=PerRank([], on_resize="drop"))
     with pytest.raises(LayoutError, match="shard"):
         start(3).resume(more)
 

@@ -121,18 +121,6 @@ def test_fsdp_is_refused_by_name_also_as_a_part() -> None:
             flatten({"model": model})
 
 
-@pytest.mark.usefixtures("group")
-def test_dtensors_are_refused_by_name() -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (1,))
-    model = nn.Linear(2, 2)
-    model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))
-    with pytest.raises(UnsupportedValueError, match=r"model\.weight: a DTensor"):
-        flatten({"model": model})
-
-
 def test_parts_of_a_pipeline_are_one_namespace() -> None:
     first, second = nn.ModuleDict({"0": nn.Linear(2, 2)}), nn.ModuleDict({"1": nn.Linear(2, 2)})
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (first, second)]

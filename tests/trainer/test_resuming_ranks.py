@@ -35,7 +35,7 @@ from ckptd.trainer.filling import Request
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
-from ckptd.trainer.resuming import Resumed, Resuming
+from ckptd.trainer.resuming import Resumed, Resuming, Root
 from ckptd.trainer.rng import RNGState
 from ckptd.trainer.values import PerRank
 from tests.fakes.checkpoints import flip_byte, write_checkpoint
@@ -83,7 +83,9 @@ class Job:
         settings = {"strict": True, "rename": None, "map_location": None, "trust_pickle": False}
 
         def work(rank: int) -> None:
-            resuming = Resuming(options, Meeting(board, rank, len(states)))
+            meeting = Meeting(board, rank, len(states))
+            root = Root(options.url, options.storage_options, may_commit=True)
+            resuming = Resuming(root, meeting, options.meeting_timeout_s)
             try:
                 request = Request(
                     state=states[rank], rank=rank, world_size=len(states), **{**settings, **changes}
@@ -353,11 +355,11 @@ def encode_key(tree: Any) -> bytes:
 
 def test_r3_values_kept_per_rank_go_to_the_old_ranks_and_new_ones_keep_theirs(job: Job) -> None:
     job.write(NEW, [one(1.0, loader=PerRank({"at": rank})) for rank in range(2)])
-    states = [one(loader=PerRank({"at": -1})) for _ in range(3)]
+    states = [one(loader=PerRank({"at": -1}, on_resize="drop")) for _ in range(3)]
     found = all_resumed(job.resume(states))
     assert [state["loader"].value for state in states] == [{"at": 0}, {"at": 1}, {"at": -1}]
     assert all(r.surplus == () for r in found)
-    fewer = [one(loader=PerRank({"at": -1}))]
+    fewer = [one(loader=PerRank({"at": -1}, on_resize="drop"))]
     (resumed,) = all_resumed(job.resume(fewer))
     assert fewer[0]["loader"].value == {"at": 0}
     assert resumed.surplus == ("loader@1",)
@@ -368,7 +370,7 @@ def test_r3_values_kept_per_rank_do_not_go_to_new_ranks_where_the_old_ones_agree
     job: Job, world_size: int
 ) -> None:
     job.write(NEW, [one(1.0, loader=PerRank({"at": 7}))] * world_size)
-    states = [one(loader=PerRank({"at": -1})) for _ in range(3)]
+    states = [one(loader=PerRank({"at": -1}, on_resize="drop")) for _ in range(3)]
     all_resumed(job.resume(states))
     expected = [7] * world_size + [-1] * (3 - world_size)
     assert [state["loader"].value["at"] for state in states] == expected
