@@ -59,7 +59,13 @@ class Box(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=Tr
         return rest
 
     def moved(self, origin: tuple[int, ...]) -> Box:
-        """Return this box as seen from `origin`."""
+        """Return this box as seen from `origin`.
+
+        Raises:
+            ValueError: that has other dimensions.
+        """
+        if len(origin) != len(self.start):
+            raise ValueError(f"box {self} seen from {origin}")
         return Box(
             tuple(a - o for a, o in zip(self.start, origin, strict=True)),
             tuple(b - o for b, o in zip(self.stop, origin, strict=True)),

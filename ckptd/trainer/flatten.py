@@ -19,9 +19,10 @@ from ckptd.errors import ConfigError, LayoutError, UnsupportedValueError
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import MAX_FQN_CHARS, Kind
 from ckptd.trainer import rng, tags
+from ckptd.trainer.fsdp1 import FlatPiece, Holding
 from ckptd.trainer.modules import ModuleState, Names, is_parameter, module_state
 from ckptd.trainer.optimizers import check_hidden, collect, plain_optimizers
-from ckptd.trainer.shards import Shards, is_dtensor, meshes_of, shards_of
+from ckptd.trainer.shards import Shards, is_sharded, meshes_of, shards_of
 from ckptd.trainer.values import PerRank, encode_value
 from ckptd.trainer.wrappers import check_tensor
 
@@ -42,7 +43,10 @@ Columns = tuple[
 
 
 class Leaf(NamedTuple):
-    """A live tensor of the state. `shards` is what this rank holds of it; None: all."""
+    """A live tensor of the state. `shards` is what this rank holds of it; None: all.
+
+    `tensor` may be a `FlatPiece`, but only where there are `shards`.
+    """
 
     fqn: str
     tensor: torch.Tensor
@@ -78,7 +82,7 @@ class Flat(NamedTuple):
     values: dict[str, Tree]
     columns: Columns
     sharded: dict[int, Shards]
-    raw: tuple[list[str], list[torch.Tensor], list[torch.Tensor]]
+    raw: tuple[list[str], list[Any], list[Any]]
 
     def signature(self) -> object:
         """Return what is equal for two flattenings exactly if their layouts are."""
@@ -215,7 +219,7 @@ def _flatten_modules(states: list[ModuleState], sink: Collector, allow_pickle: b
     extra = {}
     for held in states:
         for fqn, value in zip(held.fqns, held.values, strict=True):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, (torch.Tensor, FlatPiece)):
                 sink.put(fqn, value, "parameter" if is_parameter(value) else "buffer")
             elif fqn in extra:
                 raise LayoutError(f"{fqn} stands twice in the state", fqn=fqn)
@@ -248,10 +252,10 @@ class Collector:
 
     def __init__(self) -> None:
         self.fqns: list[str] = []
-        self.tensors: list[torch.Tensor] = []
-        self.kinds: list[Kind | torch.Tensor] = []
+        self.tensors: list[Any] = []  # of `Holding`, all of which have what is asked for here
+        self.kinds: list[Kind | Holding] = []
 
-    def put(self, fqn: str, tensor: torch.Tensor, kind: Kind | torch.Tensor) -> None:
+    def put(self, fqn: str, tensor: Holding, kind: Kind | Holding) -> None:
         """Take a tensor under its whole name."""
         self.fqns.append(fqn)
         self.tensors.append(tensor)
@@ -305,7 +309,7 @@ class Collector:
         )
 
 
-def _about(tensors: list[torch.Tensor]) -> About:
+def _about(tensors: list[Any]) -> About:
     return (
         [t.dtype for t in tensors],
         [t.device for t in tensors],
@@ -314,7 +318,7 @@ def _about(tensors: list[torch.Tensor]) -> About:
     )
 
 
-def _is_about(tensors: list[torch.Tensor], columns: Columns) -> bool:
+def _is_about(tensors: list[Any], columns: Columns) -> bool:
     # One pass: what costs is to fetch each tensor into the processor's cache.
     for tensor, dtype, device, shape, grad in zip(tensors, *columns[3:], strict=True):
         if tensor.shape != shape or tensor.dtype is not dtype:
@@ -324,8 +328,8 @@ def _is_about(tensors: list[torch.Tensor], columns: Columns) -> bool:
     return True
 
 
-def _kind(kind: Kind | torch.Tensor, tensor: torch.Tensor) -> Kind:
-    if isinstance(kind, torch.Tensor):
+def _kind(kind: Kind | Holding, tensor: Holding) -> Kind:
+    if not isinstance(kind, str):
         return "optimizer" if not tensor.shape or tensor.shape == kind.shape else "other"
     return kind
 
@@ -347,13 +351,13 @@ def _check_unique(fqns: list[str]) -> None:
         raise LayoutError(f"{twice} stands twice in the state", fqn=twice)
 
 
-def _check_all(fqns: list[str], tensors: list[torch.Tensor]) -> dict[int, Shards]:
+def _check_all(fqns: list[str], tensors: list[Any]) -> dict[int, Shards]:
     """Check all tensors; return what is here of those that are spread over ranks, by their places."""
     sharded = {}
     for i, (fqn, tensor) in enumerate(zip(fqns, tensors, strict=True)):
         if len(fqn) > MAX_FQN_CHARS or not fqn.isprintable():
             raise UnsupportedValueError(f"{fqn[:200]!r} cannot be the name of a tensor", fqn=fqn)
-        if is_dtensor(tensor):
+        if is_sharded(tensor):
             sharded[i] = shards_of(fqn, tensor)
             for part in sharded[i].parts:
                 check_tensor(fqn, part)
@@ -363,7 +367,7 @@ def _check_all(fqns: list[str], tensors: list[torch.Tensor]) -> dict[int, Shards
 
 
 def _aliases(
-    fqns: list[str], kinds: list[Kind], tensors: list[torch.Tensor], sharded: dict[int, Shards]
+    fqns: list[str], kinds: list[Kind], tensors: list[Any], sharded: dict[int, Shards]
 ) -> dict[str, str]:
     # Of a tensor that is spread over ranks some hold no memory: all must find the same aliases.
     starts = [id(t) if i in sharded else t.data_ptr() for i, t in enumerate(tensors)]

@@ -17,8 +17,16 @@ from ckptd.errors import LayoutError
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
 from ckptd.trainer.classes import Misfit, SavedGroup, misfit_of_options, misfit_of_state
+from ckptd.trainer.fsdp1 import FlatPiece
 from ckptd.trainer.modules import Names
-from ckptd.trainer.optimizers import PROGRAM_OPTIONS, class_name, named_groups, step_device
+from ckptd.trainer.optimizers import (
+    PROGRAM_OPTIONS,
+    class_name,
+    is_elsewhere,
+    named_groups,
+    step_device,
+)
+from ckptd.trainer.shards import is_sharded
 from ckptd.trainer.stored import Stored, check_optimizer, dtype_of, is_optimizer
 from ckptd.trainer.targets import Targets
 from ckptd.trainer.values import tensor_names
@@ -126,7 +134,10 @@ class Moments:
                 if parameter.requires_grad and has_state:
                     targets.missing.append(f"{self.name}/{fqn}")
                 continue
-            place = _Place(optimizer, group, parameter)
+            piece = self._names.piece(parameter)
+            if is_elsewhere(piece):
+                continue
+            place = _Place(optimizer, group, parameter, piece)
             rows = {
                 f"{self.name}/{owner}/{k}": row for k, row in saved.tensors.get(owner, {}).items()
             }
@@ -242,6 +253,7 @@ class _Place(NamedTuple):
     optimizer: Optimizer
     group: dict[str, Any]
     parameter: torch.Tensor
+    piece: FlatPiece | None
 
     def _held(self, live_name: str) -> torch.Tensor | None:
         held = self.optimizer.state.get(self.parameter, {}).get(live_name.rpartition("/")[2])
@@ -250,19 +262,27 @@ class _Place(NamedTuple):
     def fits(self, live_name: str, row: Tensor, targets: Targets) -> bool:
         """Tell whether a stored tensor has the shape of the live state, or of the parameter."""
         held = self._held(live_name)
-        shape = row.shape
-        if held is not None:
+        shape, owner = row.shape, self.piece or self.parameter
+        if held is not None and not (self.piece and held.dim()):
             shape = tuple(held.shape)
-        elif row.kind == "optimizer" and row.shape:
-            shape = tuple(self.parameter.shape)
+        elif row.shape and (row.kind == "optimizer" or is_sharded(owner)):
+            shape = tuple(owner.shape)
         return targets.fits(live_name, row, shape, dtype_of(row))
 
     def target(self, live_name: str, row: Tensor, targets: Targets) -> torch.Tensor:
         """Want a stored tensor: in the live state if that is of its dtype, else in a fresh one."""
         held = self._held(live_name)
         device = self._device(live_name.rpartition("/")[2], row)
+        if self.piece is not None and row.shape:
+            is_fit = held is not None and held.dtype is dtype_of(row) and held.device == device
+            memory = held if is_fit else None
+            if memory is None:
+                memory = torch.empty_like(self.parameter.detach(), dtype=dtype_of(row))
+            targets.fill(row, self.piece.of(memory))
+            return memory
         if held is not None and held.dtype is dtype_of(row) and held.device == device:
-            return targets.fill(row, held)
+            targets.fill(row, held)
+            return held
         like = self.parameter.detach() if row.shape else torch.empty((), device=device)
         return targets.fresh(row, like=like)
 

@@ -17,8 +17,9 @@ from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 from ckptd.errors import LayoutError, UnsupportedValueError
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Kind
+from ckptd.trainer.fsdp1 import FlatPiece, Holding, is_flat
 from ckptd.trainer.modules import Names
-from ckptd.trainer.shards import Shards, is_dtensor, shards_of
+from ckptd.trainer.shards import Shards, is_sharded, shards_of
 from ckptd.trainer.values import TensorSink, encode_value
 
 # How the live program wants its kernels, not state: what was saved may not run on these devices.
@@ -30,7 +31,7 @@ _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 class OptimizerSink(TensorSink, Protocol):
     """Takes tensors, and knows what kind each is."""
 
-    def put(self, fqn: str, tensor: torch.Tensor, kind: Kind | torch.Tensor) -> None:
+    def put(self, fqn: str, tensor: Holding, kind: Kind | Holding) -> None:
         """Take a tensor under its whole name; `kind` may be the parameter whose state it is."""
 
 
@@ -139,13 +140,19 @@ def collect(
             tree["groups"].append(
                 {"params": params, "options": options, "class": class_name(optimizer)}
             )
-            idle = [f for f, p in zip(params, group["params"], strict=True) if not held.get(p)]
+            idle = [
+                f
+                for f, p in zip(params, group["params"], strict=True)
+                if not held.get(p) and not is_elsewhere(names.piece(p))
+            ]
             if idle and held:
                 tree["groups"][-1]["idle"] = idle
         for owner, state in held.items():
             if isinstance(owner, torch.Tensor):
                 fqn = _named(path, owner, names, "its state")
-                odd = _collect_one(f"{path}/{fqn}/", owner, state, sink, encode)
+                piece = names.piece(owner)
+                parts = state if piece is None else parts_of(piece, state)
+                odd = _collect_one(f"{path}/{fqn}/", piece or owner, parts, sink, encode)
                 if odd:
                     tree["state_values"][fqn] = odd
             elif type(owner) is str:
@@ -157,6 +164,21 @@ def collect(
     return tree
 
 
+def is_elsewhere(piece: FlatPiece | None) -> bool:
+    """Tell whether other ranks have all of a parameter, and its state."""
+    return piece is not None and not piece.count
+
+
+def parts_of(piece: FlatPiece, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state of a parameter of FSDP1, its tensors as the parts that they are."""
+    return {
+        key: piece.of(value)
+        if isinstance(value, torch.Tensor) and value.dim() and value.numel() == piece.count
+        else value
+        for key, value in state.items()
+    }
+
+
 def class_name(optimizer: Optimizer) -> str:
     """Return the name of an optimizer's class as it stands in checkpoints."""
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
@@ -164,8 +186,8 @@ def class_name(optimizer: Optimizer) -> str:
 
 def _collect_one(
     base: str,
-    owner: torch.Tensor,
-    state: dict[str, object],
+    owner: torch.Tensor | FlatPiece,
+    state: Mapping[str, object],
     sink: OptimizerSink,
     encode: Callable[[str, object], Tree],
 ) -> dict[str, Tree]:
@@ -173,7 +195,7 @@ def _collect_one(
     for key, value in state.items():
         if "/" in key:
             raise UnsupportedValueError(f"{base}{key}: a key with a slash", fqn=base + key)
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, (torch.Tensor, FlatPiece)):
             sink.put(base + key, value, owner)
         else:
             odd[key] = encode(base + key, value)
@@ -200,6 +222,12 @@ def named_groups(
 
 def _named(path: str, parameter: torch.Tensor, names: Names, what: str) -> str:
     fqn = names.find(parameter)
+    if fqn is None and is_flat(parameter):
+        raise UnsupportedValueError(
+            f"{path}: {what} is a flat parameter of FullyShardedDataParallel, whose optimizer state has"
+            " no names; make the wrapper with use_orig_params=True",
+            fqn=path,
+        )
     if fqn is None:
         raise LayoutError(
             f"{path}: {what} (shape {tuple(parameter.shape)}) is in no module of the state;"
@@ -219,9 +247,11 @@ def predict_state(path: str, optimizer: Optimizer, names: Names) -> list[Predict
     for group, fqns in named_groups(path, optimizer, names):
         keys = state_keys(optimizer, group) or []
         for fqn, parameter in zip(fqns, group["params"], strict=True):
-            if parameter.requires_grad and not optimizer.state.get(parameter):
+            piece = names.piece(parameter)
+            is_new = parameter.requires_grad and not optimizer.state.get(parameter)
+            if is_new and not is_elsewhere(piece):
                 predicted += [
-                    _predict(f"{path}/{fqn}/{key}", key, parameter, group) for key in keys
+                    _predict(f"{path}/{fqn}/{key}", key, piece or parameter, group) for key in keys
                 ]
     return predicted
 
@@ -235,9 +265,9 @@ def state_keys(optimizer: Optimizer, options: Mapping[str, Any]) -> list[str] | 
     return None if keys is None else keys(options)
 
 
-def _predict(fqn: str, key: str, parameter: torch.Tensor, group: dict[str, Any]) -> Predicted:
+def _predict(fqn: str, key: str, parameter: Holding, group: dict[str, Any]) -> Predicted:
     if key != "step":
-        shards = shards_of(fqn, parameter) if is_dtensor(parameter) else None
+        shards = shards_of(fqn, parameter) if is_sharded(parameter) else None
         return Predicted(fqn, tuple(parameter.shape), parameter.dtype, parameter.device, shards)
     # As torch.optim.optimizer._get_scalar_dtype.
     wide = not group.get("fused") and torch.get_default_dtype() == torch.float64
@@ -246,7 +276,7 @@ def _predict(fqn: str, key: str, parameter: torch.Tensor, group: dict[str, Any])
     )
 
 
-def step_device(parameter: torch.Tensor, group: dict[str, Any]) -> torch.device:
+def step_device(parameter: Holding, group: dict[str, Any]) -> torch.device:
     """Return where a group's step counters live: with the parameter only where kernels read them."""
     is_read = group.get("capturable") or group.get("fused")
     return parameter.device if is_read else torch.device("cpu")

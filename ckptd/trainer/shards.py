@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from ckptd.errors import UnsupportedValueError
 from ckptd.model.box import Box
+from ckptd.trainer.fsdp1 import FlatPiece
 
 _DTENSOR = "torch.distributed.tensor"
 
@@ -38,7 +39,7 @@ class Shards(NamedTuple):
 
     def is_of(self, tensor: torch.Tensor) -> bool:
         """Tell whether `shards_of` would say the same of this tensor."""
-        if not is_dtensor(tensor):
+        if not is_dtensor(tensor) or not self.witness:
             return False
         local, mesh, placements = self.witness
         live: Any = tensor
@@ -67,6 +68,11 @@ def is_dtensor(tensor: object) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def is_sharded(tensor: object) -> bool:
+    """Tell whether this is something that may be spread over ranks, for `shards_of`."""
+    return isinstance(tensor, FlatPiece) or is_dtensor(tensor)
+
+
 def meshes_of(tensors: Iterable[object]) -> list[Any]:
     """Return the meshes that DTensors among these lie on, each once."""
     kind = getattr(sys.modules.get(_DTENSOR), "DTensor", None)
@@ -86,12 +92,14 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def shards_of(fqn: str, tensor: torch.Tensor) -> Shards:
-    """Return what this rank holds of a DTensor.
+def shards_of(fqn: str, tensor: torch.Tensor | FlatPiece) -> Shards:
+    """Return what this rank holds of a DTensor, or of a parameter in a flat one.
 
     Raises:
         UnsupportedValueError: its placements name no boxes, or not those that its memory has.
     """
+    if isinstance(tensor, FlatPiece):
+        return Shards(tuple(tensor.shape), tensor.boxes, tensor.parts, False, ())
     held: Any = tensor
     mesh, placements, local = held.device_mesh, held.placements, local_of(tensor)
     witness = (local, mesh, placements)

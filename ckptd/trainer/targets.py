@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ from ckptd.errors import LayoutError, ShapeMismatchError
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
-from ckptd.trainer.shards import is_dtensor, shards_of
+from ckptd.trainer.shards import is_sharded, shards_of
 from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
 from ckptd.trainer.values import tensor_names
 from ckptd.trainer.wrappers import check_tensor
@@ -63,7 +63,7 @@ class Targets:
         """
         groups: dict[object, list[tuple[str, torch.Tensor]]] = {}
         for fqn, tensor in named:
-            if not is_dtensor(tensor):
+            if not is_sharded(tensor):
                 check_tensor(fqn, tensor)
             groups.setdefault(_memory(tensor), []).append((fqn, tensor))
         for group in groups.values():
@@ -93,17 +93,16 @@ class Targets:
             return False
         return True
 
-    def fill(self, row: Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """Want `tensor` filled with the contents of `row`; returns `tensor`."""
+    def fill(self, row: Tensor, tensor: Any) -> None:
+        """Want a tensor, or a `FlatPiece`, filled with the contents of `row`."""
         self.used.add(row.fqn)
-        if is_dtensor(tensor):
+        if is_sharded(tensor):
             shards = shards_of(row.fqn, tensor)
             for box, part in zip(shards.boxes, shards.parts, strict=True):
                 check_tensor(row.fqn, part)
                 self.rows.append(Target(row.fqn, box, part))
         elif tensor.numel():
             self.rows.append(Target(row.fqn, Box.full(tuple(tensor.shape)), tensor))
-        return tensor
 
     def fresh(self, row: Tensor, *, like: torch.Tensor | None = None) -> torch.Tensor:
         """Make a tensor for `row`, in its dtype, and want it filled.
@@ -117,7 +116,8 @@ class Targets:
         else:
             device = like.device if like is not None else self._place(row.device)
             tensor = torch.empty(row.shape, dtype=dtype, device=device)
-        return self.fill(row, tensor)
+        self.fill(row, tensor)
+        return tensor
 
     def of_tree(self, tree: Tree, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a tensor for each that a stored value refers to: the live one, or a fresh one.
@@ -146,7 +146,7 @@ class Targets:
 
 
 def _memory(tensor: torch.Tensor) -> object:
-    start = 0 if is_dtensor(tensor) else tensor.data_ptr()
+    start = 0 if is_sharded(tensor) else tensor.data_ptr()
     if not start:
         return id(tensor)
     return (

@@ -7,6 +7,7 @@ imported are not looked for, and importing them here would cost seconds.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch.nn.parameter import Parameter, UninitializedBuffer, UninitializedPara
 
 from ckptd.errors import UnsupportedValueError
 from ckptd.model import dtypes
+from ckptd.trainer.fsdp1 import WRAPPED
 
 _ATTRIBUTES = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", WRAPPED),
     # This one takes its name out of the keys of its state_dict by itself.
     (
         "torch.distributed.algorithms._checkpoint.checkpoint_wrapper",
@@ -26,11 +29,7 @@ _ATTRIBUTES = (
         "_checkpoint_wrapped_module",
     ),
 )
-_SHARDED_MODULES = (("torch.distributed.fsdp", "FullyShardedDataParallel"),)
-_SHARDED_TENSORS = (
-    ("torch.distributed.tensor", "DTensor"),
-    ("torch.distributed._shard.sharded_tensor", "ShardedTensor"),
-)
+_SHARDED_TENSORS = (("torch.distributed._shard.sharded_tensor", "ShardedTensor"),)
 _LAZY = (UninitializedParameter, UninitializedBuffer)
 _PLAIN = (torch.Tensor, Parameter)
 
@@ -58,7 +57,6 @@ class Wrapping:
                 self._types.append((kind, attribute))
         self.types = tuple(kind for kind, _ in self._types)
         self.hidden = "_checkpoint_wrapped_module"
-        self.sharded = tuple(filter(None, (_known(*where) for where in _SHARDED_MODULES)))
 
     def attribute(self, module: nn.Module) -> str | None:
         """Return the name under which a wrapper holds what it wraps; None for any other module."""
@@ -79,21 +77,15 @@ def clean_paths(root: nn.Module, prefix: str) -> dict[str, str] | None:
     """Return for each module path (as in the keys of a ``state_dict``) the one without wrappers.
 
     Paths end with a dot and start with `prefix`. None where no module in `root` is a wrapper.
-
-    Raises:
-        UnsupportedValueError: some module in `root` is sharded by a wrapper.
     """
     wrapping = Wrapping()
     kinds = set(map(type, root.modules()))
-    if not any(issubclass(kind, wrapping.types + wrapping.sharded) for kind in kinds):
+    if not any(issubclass(kind, wrapping.types) for kind in kinds):
         return None
     paths = {}
     todo = [(root, prefix, prefix)]
     while todo:
         module, raw, clean = todo.pop()
-        if isinstance(module, wrapping.sharded):
-            kind = type(module).__qualname__
-            raise UnsupportedValueError(f"{clean}: {kind} is not supported yet", fqn=clean[:-1])
         paths[raw] = clean
         wrapped = wrapping.attribute(module)
         for name, child in module.named_children():
@@ -102,6 +94,19 @@ def clean_paths(root: nn.Module, prefix: str) -> dict[str, str] | None:
                 (child, raw if name == wrapped == wrapping.hidden else f"{raw}{name}.", inner)
             )
     return paths
+
+
+def clean_modules(root: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules in `root` that are no wrappers, by paths as `clean_paths` gives them."""
+    wrapping = Wrapping()
+    todo = [(root, prefix)]
+    while todo:
+        module, path = todo.pop()
+        wrapped = wrapping.attribute(module)
+        if wrapped is None:
+            yield path, module
+        children = module.named_children()
+        todo += [(child, path if name == wrapped else f"{path}{name}.") for name, child in children]
 
 
 def clean_name(key: str, paths: dict[str, str]) -> str:

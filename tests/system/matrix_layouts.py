@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -117,6 +117,26 @@ def _fsdp2(net: Net, mesh: Any = None, **options: Any) -> Net:
     return net
 
 
+def _fsdp1(**options: Any) -> Callable[[Net], nn.Module]:
+    def wrap(net: Net) -> nn.Module:
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        return FullyShardedDataParallel(
+            net, device_id=torch.device("cpu"), use_orig_params=True,
+            auto_wrap_policy=ModuleWrapPolicy({Block}), **options,
+        )  # fmt: skip
+
+    return wrap
+
+
+def _kept() -> Callable[[Net], nn.Module]:
+    return _fsdp1(sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
+
+
+def _full_state() -> Callable[[Net], nn.Module]:
+    return _fsdp1(sharding_strategy=ShardingStrategy.NO_SHARD)
+
+
 def _hsdp(net: Net) -> Net:
     shape = (2, dist.get_world_size() // 2)
     return _fsdp2(net, init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
@@ -214,6 +234,9 @@ LAYOUTS: dict[str, Layout] = {
     "FSDP2": Layout(_simple(_fsdp2), (2, 3, 4)),
     "FSDP2 columns": Layout(_simple(_columns), (2,)),
     "FSDP2 kept": Layout(_simple(lambda net: _fsdp2(net, reshard_after_forward=False)), (2,)),
+    "FSDP1": Layout(_simple(_fsdp1()), (2, 3)),
+    "FSDP1 kept": Layout(_simple(_kept()), (2,)),
+    "FSDP1 full": Layout(_simple(_full_state()), (2,)),
     "HSDP": Layout(_simple(_hsdp), (4,)),
     "TP": Layout(_simple(_tensor_parallel), (2, 4)),
     "FSDP2 + TP": Layout(_simple(_two_dimensions), (4,)),
@@ -230,6 +253,8 @@ def whole(job: Job) -> dict[str, torch.Tensor]:
     """Gather the whole tensors of what this rank saves, by the names they have in checkpoints."""
     found: dict[str, torch.Tensor] = {}
     model, optimizer = job.state["model"], job.state["optimizer"]
+    if isinstance(model, FullyShardedDataParallel):
+        return _whole_fsdp1(model, optimizer)
     names: dict[int, str] = {}
     for key, tensor in model.state_dict(keep_vars=True).items():
         fqn = ".".join(p for p in key.split(".") if p not in _WRAPPERS)
@@ -238,6 +263,34 @@ def whole(job: Job) -> dict[str, torch.Tensor]:
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             found[f"optimizer/model.{names[id(parameter)]}/{key}"] = _full(value)
+    return found
+
+
+def _whole_fsdp1(
+    model: FullyShardedDataParallel, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """Put the parts of moments together: each rank has a run of a parameter's elements.
+
+    ``FullyShardedDataParallel.optim_state_dict`` is of no use: on the CPU with parameters of their own it
+    returned the second moments under the name of the first (seen in torch 2.13).
+    """
+    tensors = {key: value.clone() for key, value in model.state_dict().items()}
+    found = {f"model.{key}": value for key, value in tensors.items()}
+    own = {}
+    for name, parameter in model.named_parameters():
+        fqn = name.replace("_fsdp_wrapped_module.", "")
+        own[fqn] = {key: value.clone() for key, value in optimizer.state.get(parameter, {}).items()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    for fqn in own:
+        held = [state[fqn] for state in everyone if state[fqn]]
+        for key, first in held[0].items() if held else ():
+            parts = [state[key].flatten() for state in held]
+            is_part = first.dim() > 0 and first.numel() < tensors[fqn].numel()
+            whole = torch.cat(parts) if is_part else first
+            found[f"optimizer/model.{fqn}/{key}"] = (
+                whole.view(tensors[fqn].shape) if first.dim() else first
+            )
     return found
 
 

@@ -114,11 +114,36 @@ def test_batch_norm_statistics_under_ddp_are_buffers() -> None:
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.filterwarnings("ignore")
-def test_fsdp_is_refused_by_name_also_as_a_part() -> None:
+@pytest.mark.parametrize("has_own", [True, False])
+def test_fsdp1_shows_the_parameters_in_its_flat_one_by_their_names(has_own: bool) -> None:
+    inner = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    wanted = {f"model.0.{k}": v.detach().clone() for k, v in inner.state_dict().items()}
+    sharded = FSDP(inner, device_id=torch.device("cpu"), use_orig_params=has_own)
+    leaves = flatten({"model": nn.Sequential(sharded)}).leaves
+    assert {leaf.fqn for leaf in leaves} == wanted.keys()
+    for leaf in leaves:
+        assert torch.equal(leaf.parts[0], wanted[leaf.fqn]), leaf.fqn
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore")
+def test_the_optimizer_of_a_flat_parameter_is_refused_with_what_to_do() -> None:
     sharded = FSDP(nn.Linear(2, 2), device_id=torch.device("cpu"))
-    for model in (sharded, nn.Sequential(nn.Linear(1, 1), sharded)):
-        with pytest.raises(UnsupportedValueError, match="FullyShardedDataParallel"):
-            flatten({"model": model})
+    optimizer = torch.optim.AdamW(sharded.parameters())
+    with pytest.raises(UnsupportedValueError, match="use_orig_params=True"):
+        flatten({"model": sharded, "optimizer": optimizer})
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.filterwarnings("ignore")
+def test_extra_state_inside_of_fsdp1_is_refused_by_name() -> None:
+    class Extra(nn.Linear):
+        def get_extra_state(self) -> int:
+            return 1
+
+    sharded = FSDP(nn.Sequential(Extra(2, 2)), device_id=torch.device("cpu"))
+    with pytest.raises(UnsupportedValueError, match=r"model\.0\._extra_state"):
+        flatten({"model": sharded})
 
 
 def test_parts_of_a_pipeline_are_one_namespace() -> None:
