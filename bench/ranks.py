@@ -217,9 +217,9 @@ def main() -> None:
 
 
 def _read(job: Job, folder: Path, ranks: int) -> Row:
-    from ckptd.pipeline.catalog import read_manifest, read_rank
+    from ckptd.pipeline.catalog import read_manifest
     from ckptd.plan.reading import ChunkRead, Wanted
-    from ckptd.trainer.filling import Filling, Request
+    from ckptd.trainer.fetching import Records, choose_reads
 
     store = inputs.store(folder, EARLIER)
     wanted = {
@@ -227,12 +227,8 @@ def _read(job: Job, folder: Path, ranks: int) -> Row:
     }
 
     def choose(rank: int) -> list[ChunkRead]:
-        request = Request({}, True, None, None, False, rank, ranks)
-        filling = Filling(store, request)
-        manifest = read_manifest(store, EARLIER)
-        own_rank = min(rank, manifest.world_size - 1)
-        own = read_rank(store, manifest, own_rank, filling._reader)
-        return filling._plan_reads(manifest, own, wanted[rank])
+        records = Records(store, read_manifest(store, EARLIER))
+        return choose_reads(records, wanted[rank], rank, ranks)
 
     meter, spans, counts, found = Meter(), {}, [], {}
     for rank in wanted:

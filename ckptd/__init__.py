@@ -27,6 +27,7 @@ _HOMES = {
     "PerRank": "ckptd.trainer.values",
     "RNGState": "ckptd.trainer.rng",
     "Resumed": "ckptd.trainer.filling",
+    "load": "ckptd.trainer.loading",
     "restore": "ckptd.trainer.restoring",
     "errors": "ckptd.errors",
 }
@@ -46,6 +47,7 @@ __all__ = [
     "StoreError",
     "TornRestoreError",
     "__version__",
+    "load",
     "restore",
 ]
 
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from ckptd.trainer.checkpointer import Checkpointer
     from ckptd.trainer.filling import Resumed
     from ckptd.trainer.handle import Handle
+    from ckptd.trainer.loading import load
     from ckptd.trainer.restoring import restore
     from ckptd.trainer.rng import RNGState
     from ckptd.trainer.values import PerRank

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Literal
+
+import torch
 
 from ckptd import failpoints
 from ckptd.errors import ConfigError, LayoutError
@@ -30,7 +32,7 @@ from ckptd.trainer.preparing import Preparation
 from ckptd.trainer.resuming import Resuming, Root
 from ckptd.trainer.saving import Saving
 from ckptd.trainer.snapshots import Snapshots
-from ckptd.trainer.stored import MapLocation, Rename
+from ckptd.trainer.terms import MapLocation, Rename, Terms
 
 log = logging.getLogger("ckptd.trainer")
 
@@ -168,7 +170,7 @@ class Checkpointer:
 
     # --- resuming ------------------------------------------------------------------------------
 
-    def resume(
+    def resume(  # noqa: PLR0913 - one keyword for each choice
         self,
         state: Mapping[str, object],
         *,
@@ -176,6 +178,8 @@ class Checkpointer:
         strict: bool = True,
         rename: Rename | None = None,
         map_location: MapLocation = None,
+        select: str | Sequence[str] | None = None,
+        dtype: torch.dtype | None = None,
         trust_pickle: bool = False,
     ) -> Resumed | None:
         """Fill the live objects of `state` from the newest whole checkpoint, on all ranks alike.
@@ -193,6 +197,8 @@ class Checkpointer:
         """
         self._check_usable()
         check_state(state)
+        terms = Terms(strict, rename, map_location, trust_pickle, select, dtype)
+        terms.check()
         if self._saving.count:
             raise ConfigError("resume comes before the first save of a Checkpointer")
         is_asked = is_daemon_there(self.options)
@@ -201,10 +207,7 @@ class Checkpointer:
                 "the daemon still writes what an earlier attempt handed off, or none answers: "
                 "an older checkpoint may be taken than there could be"
             )
-        request = Request(
-            state, strict, rename, map_location, trust_pickle, self._meeting.rank,
-            self._meeting.world_size,
-        )  # fmt: skip
+        request = Request(state, terms, self._meeting.rank, self._meeting.world_size)
         resumed = self._resuming.run(request, step)
         if resumed is not None:
             self._saving.resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)

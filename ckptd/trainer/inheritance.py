@@ -14,6 +14,7 @@ from ckptd.trainer.merging import fqns_of, is_mergeable, merge_values
 from ckptd.trainer.optimizers import named_groups
 from ckptd.trainer.rng import RNGState
 from ckptd.trainer.stored import is_module, is_optimizer
+from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import InlineTensors, PerRank, decode_value, encode_value
 
 log = logging.getLogger("ckptd.trainer")
@@ -24,16 +25,14 @@ ReadRanks = Callable[[Iterable[int]], list[RankManifest]]
 class Heir(NamedTuple):
     """This rank: what it holds now, and what it may do with what was saved.
 
-    `surveyed` is its state. With `is_renamed` names of parameters here say nothing of those there.
+    `surveyed` is its state.
     """
 
     state: Mapping[str, object]
     surveyed: Survey
     rank: int
     world_size: int
-    strict: bool
-    trust_pickle: bool
-    is_renamed: bool
+    terms: Terms
 
 
 class Inheritance:
@@ -70,7 +69,7 @@ class Inheritance:
         ]
         differing = {*manifest.differing, *(name for name in kept if name in first.values)}
         values = {name: tree for name, tree in first.values.items() if name not in differing}
-        names = [name for name in heir.state if name in differing]
+        names = [name for name in heir.state if name in differing and self._is_wanted(name)]
         if is_resized:
             self._tell_surplus(names)
         for name in names:
@@ -79,6 +78,13 @@ class Inheritance:
             if name in own.values:
                 values[name] = own.values[name]
         return values
+
+    def _is_wanted(self, name: str) -> bool:
+        """Tell whether an entry is selected, as a whole or, of what follows parameters, in part."""
+        is_whole = any(
+            p.name == name and p.role in ("module", "optimizer") for p in self._heir.surveyed.parts
+        )
+        return is_whole or self._heir.terms.wants(name)
 
     def _choose_one(self, name: str, values: dict[str, Tree], *, is_resized: bool) -> None:
         live, own = self._heir.state[name], self._own.values.get(name)
@@ -125,7 +131,7 @@ class Inheritance:
         heir = self._heir
         if is_module(own):
             return not is_resized
-        if heir.is_renamed or not is_optimizer(own):
+        if heir.terms.rename is not None or not is_optimizer(own):
             return False
         names = heir.surveyed.names
         live = {
@@ -154,7 +160,7 @@ class Inheritance:
             self._keep_own(name, values)
         elif callable(live.on_resize):
             saved = [
-                decode_value(record.values[name], tensors={}, trust_pickle=heir.trust_pickle)
+                decode_value(record.values[name], tensors={}, trust_pickle=heir.terms.trust_pickle)
                 for record in self._all()
                 if name in record.values
             ]
@@ -184,7 +190,7 @@ class Inheritance:
             f"{self._manifest.world_size} to {self._heir.world_size}: {advice}, or leave it out of "
             "the state"
         )
-        if self._heir.strict:
+        if self._heir.terms.strict:
             raise LayoutError(message, fqn=name)
         log.warning("%s", message)
         self._keep_own(name, values)

@@ -83,6 +83,11 @@ class Moments:
             CorruptError: the stored value has not the form of an optimizer's.
         """
         tree = stored.values.get(self.name)
+        names = (
+            f"{self.name}/{self._names.find(p)}" for o in self._optimizers for p in params_of(o)
+        )
+        if not targets.terms.wants(self.name, *names):
+            return None
         if not is_optimizer(tree):
             targets.missing.append(self.name)
             return None
@@ -90,15 +95,17 @@ class Moments:
         groups = list(self._find_owners(saved, stored, other_names))
         misfit = next((m for live in groups for m in _misfits(live, saved)), None)
         if misfit is not None:
-            if targets.strict:
+            if targets.terms.strict:
                 raise LayoutError(f"{self.name}: {misfit}", fqn=self.name)
             log.warning("%s is left as it is: %s", self.name, misfit)
             targets.missing.append(self.name)
             return None
         self._tell_of_classes(groups, saved)
+        wants = targets.terms.wants
         for live in groups:
             self._plan_group(live, saved, targets)
-            self._plan_options(live, saved, targets)
+            if any(wants(f"{self.name}/{fqn}", self.name) for fqn in live.fqns):
+                self._plan_options(live, saved, targets)
         return targets.of_tree(tree, {})
 
     def _find_owners(
@@ -129,6 +136,8 @@ class Moments:
         _, optimizer, group, fqns, owners = live
         has_state = any(owner is not None and saved.has_state(owner) for owner in owners)
         for fqn, owner, parameter in zip(fqns, owners, group["params"], strict=True):
+            if not targets.terms.wants(f"{self.name}/{fqn}", self.name):
+                continue
             is_known = owner is not None and (saved.has_state(owner) or owner in saved.idle)
             if owner is None or (not is_known and has_state):
                 if parameter.requires_grad and has_state:
@@ -184,6 +193,12 @@ class Moments:
             optimizer.__setstate__(
                 {"state": optimizer.state, "param_groups": optimizer.param_groups}
             )
+
+
+def params_of(optimizer: Optimizer) -> Iterator[torch.Tensor]:
+    """Yield the parameters of an optimizer."""
+    for group in optimizer.param_groups:
+        yield from group["params"]
 
 
 class _Saved:

@@ -2,7 +2,7 @@
 
 ::
 
-    plan = Restorer(state, strict=True).wanted(tensors, aliases, values)   # raises, or nothing will
+    plan = Restorer(state, terms).wanted(tensors, aliases, values)   # raises, or nothing will
     for i, target in enumerate(plan.targets):
         plan.write(i, box, raw)                                            # any thread, any order
     resumed_values = plan.finish()
@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ckptd.errors import (
     CorruptError,
+    LayoutError,
     MissingTensorError,
     TornRestoreError,
     UnsupportedValueError,
@@ -31,25 +32,14 @@ from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
 from ckptd.trainer import rng
 from ckptd.trainer.flatten import Part, Survey, is_stateful, survey
+from ckptd.trainer.loads import ModuleLoad, check_meta_parameters
+from ckptd.trainer.modules import ModuleState
 from ckptd.trainer.moments import Moments
-from ckptd.trainer.stored import (
-    MapLocation,
-    Rename,
-    Stored,
-    check_optimizer,
-)
+from ckptd.trainer.stored import Stored, check_optimizer
 from ckptd.trainer.tags import BAD_BODY
-from ckptd.trainer.targets import Put, Target, Targets, put_of, write_box
+from ckptd.trainer.targets import Target, Targets
+from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import MAX_DEPTH, PerRank, decode_value, tensor_names
-
-
-class _Late(NamedTuple):
-    """Keys of a module that are no live tensors: they go through its ``load_state_dict``."""
-
-    name: str
-    module: torch.nn.Module
-    fqns: dict[str, str]
-    tensors: dict[str, torch.Tensor]
 
 
 class Restorer:
@@ -58,29 +48,10 @@ class Restorer:
     The state names what is wanted; what a checkpoint holds beyond it is unused.
     """
 
-    def __init__(
-        self,
-        state: Mapping[str, object],
-        *,
-        strict: bool = True,
-        rename: Rename | None = None,
-        map_location: MapLocation = None,
-        trust_pickle: bool = False,
-    ) -> None:
-        """Take a state.
-
-        Args:
-            state: as for `flatten`; kept, and changed by `RestorePlan.finish` if it is mutable.
-            strict: what is wanted and not there raises, instead of being listed in ``missing``.
-            rename: see `Stored`.
-            map_location: where tensors go that the state does not hold yet, as in ``torch.load``.
-            trust_pickle: open stored pickles, which can run any code.
-        """
+    def __init__(self, state: Mapping[str, object], terms: Terms | None = None) -> None:
+        """Take a state as for `flatten`; kept, and changed by `RestorePlan.finish` if mutable."""
         self._state = state
-        self._strict = strict
-        self._rename = rename
-        self._map_location = map_location
-        self._trust_pickle = trust_pickle
+        self._terms = terms or Terms()
 
     def wanted(
         self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], values: Mapping[str, Tree]
@@ -95,11 +66,10 @@ class Restorer:
             LayoutError: the state and the checkpoint do not fit in another way.
             CorruptError: a value is not in the form of values.
         """
-        stored = Stored(tensors, aliases, values, self._rename)
-        targets = Targets(stored, self._map_location, strict=self._strict)
-        plan = RestorePlan(self._state, stored, targets, trust_pickle=self._trust_pickle)
+        stored = Stored(tensors, aliases, values, self._terms.rename)
+        plan = RestorePlan(self._state, stored, Targets(stored, self._terms))
         plan.compare(survey(self._state))
-        if plan.missing and self._strict:
+        if plan.missing and self._terms.strict:
             shown = ", ".join(plan.missing[:5])
             more = f" and {len(plan.missing) - 5} more" if len(plan.missing) > 5 else ""
             raise MissingTensorError(
@@ -117,26 +87,24 @@ class RestorePlan:
         unused: names of tensors and values of the checkpoint that the state does not want, each once.
     """
 
-    def __init__(
-        self,
-        state: Mapping[str, object],
-        stored: Stored,
-        targets: Targets,
-        *,
-        trust_pickle: bool,
-    ) -> None:
+    def __init__(self, state: Mapping[str, object], stored: Stored, targets: Targets) -> None:
         self._state = state
         self._stored = stored
         self._values = stored.values
         self._targets = targets
-        self._trust_pickle = trust_pickle
+        self._trust_pickle = targets.terms.trust_pickle
         self._parts: list[Part] = []
         self._tensors: dict[str, dict[str, torch.Tensor]] = {}  # by entry, what its value refers to
         self._moments: dict[str, Moments] = {}
-        self._late: list[_Late] = []
+        self._loads: list[ModuleLoad] = []
         self._decoded: dict[str, Any] = {}
         self._extra: dict[str, Any] = {}
         self._unasked: dict[str, Any] = {}
+
+    @property
+    def fills(self) -> Targets:
+        """All that is to be filled."""
+        return self._targets
 
     @property
     def targets(self) -> list[Target]:
@@ -163,27 +131,15 @@ class RestorePlan:
         Raises:
             ValueError: the box is not in the tensor, or `raw` is not its bytes.
         """
-        target = self._targets.rows[i]
-        write_box(target.tensor, target.inner(box), raw)
-
-    def place(self, i: int, box: Box) -> Put | None:
-        """Return what takes the bytes of a box of target `i` in parts; None: `write` takes them whole.
-
-        The same rules as for `write`.
-        """
-        target = self._targets.rows[i]
-        return put_of(target.tensor, target.inner(box))
-
-    @property
-    def cuda_devices(self) -> set[torch.device]:
-        """The GPUs on which targets lie."""
-        return {target.tensor.device for target in self.targets if target.tensor.is_cuda}
+        self._targets.write(i, box, raw)
 
     # --- comparing -------------------------------------------------------------------------
 
     def compare(self, surveyed: Survey) -> None:
         """Find a source for all that the state wants. Writes nothing; called by `Restorer` once."""
         self._parts = surveyed.parts
+        wants = self._targets.terms.wants
+        _check_meta(surveyed)
         named: list[tuple[str, torch.Tensor]] = []
         for part in surveyed.parts:
             if part.role == "module":
@@ -191,7 +147,7 @@ class RestorePlan:
                     named += self._compare_module(held)
             elif part.role == "plain":
                 named += self._compare_plain(part)
-            elif part.role != "optimizer":
+            elif part.role != "optimizer" and wants(part.name):
                 self._compare_value(part.name, {})
         self._targets.in_place(named)
         names: dict[int, list[str]] = {}
@@ -208,33 +164,25 @@ class RestorePlan:
                     self._moments[part.name] = moments
                     self._tensors[part.name] = tensors
         self._decode()
+        terms = self._targets.terms
+        if terms.select is not None and not (self.targets or self.missing or self._decoded):
+            raise LayoutError(f"select={terms.select!r} fits no name in the state")
 
-    def _compare_module(self, held: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        live = held.live_ids()
+    def _compare_module(self, held: ModuleState) -> Iterator[tuple[str, Any]]:
         extra = self._stored.extra_states(self._values)
-        late = _Late(held.prefix[:-1], held.module, {}, {})
-        for fqn, key, value in zip(held.fqns, held.keys, held.values, strict=True):
-            if id(value) in live:
-                yield fqn, value
-                continue
-            row = self._stored.find(fqn)
-            if row is not None:
-                like = value.detach() if isinstance(value, torch.Tensor) else None
-                if like is None or self._targets.fits(fqn, row, tuple(like.shape), like.dtype):
-                    late.tensors[key] = self._targets.fresh(row, like=like)
-            elif fqn in extra:
-                late.fqns[key] = fqn
-                tensors = self._tensors.setdefault("", {})
-                tensors.update(self._targets.of_tree(extra[fqn], {}))
-            else:
-                self._targets.missing.append(fqn)
-        if late.fqns or late.tensors:
-            self._late.append(late)
+        load = ModuleLoad(held)
+        yield from load.compare(self._stored, self._targets, extra)
+        for fqn in load.fqns.values():
+            tensors = self._tensors.setdefault("", {})
+            tensors.update(self._targets.of_tree(extra[fqn], {}))
+        if not load.is_empty():
+            self._loads.append(load)
 
     def _compare_plain(self, part: Part) -> Iterator[tuple[str, torch.Tensor]]:
         live = dict(_walk(part.value, part.name, 0))
-        yield from live.items()
-        if part.name in self._stored.values or not live:
+        wants = self._targets.terms.wants
+        yield from ((fqn, tensor) for fqn, tensor in live.items() if wants(fqn, part.name))
+        if wants(part.name) and (part.name in self._stored.values or not live):
             self._compare_value(part.name, live)
 
     def _compare_value(self, name: str, live: Mapping[str, torch.Tensor]) -> None:
@@ -257,8 +205,8 @@ class RestorePlan:
             fqn: decode_value(
                 extra[fqn], tensors=self._tensors.get("", {}), trust_pickle=self._trust_pickle
             )
-            for late in self._late
-            for fqn in late.fqns.values()
+            for load in self._loads
+            for fqn in load.fqns.values()
             if fqn in extra
         }
         self._unasked = dict(self._find_unasked())
@@ -300,10 +248,9 @@ class RestorePlan:
         if values is not None:
             self._values = values
             self._decode()
-        for late in self._late:
-            extra = {k: self._extra[fqn] for k, fqn in late.fqns.items() if fqn in self._extra}
-            with _setting(late.name):
-                late.module.load_state_dict({**late.tensors, **extra}, strict=False)
+        for load in self._loads:
+            with _setting(load.name):
+                load.finish(self._extra)
         for name, moments in self._moments.items():
             if name in self._decoded:
                 with _setting(name):
@@ -332,6 +279,12 @@ class RestorePlan:
             found[part.name] = target
         elif isinstance(self._state, MutableMapping):
             self._state[part.name] = PerRank(inner) if part.role == "per_rank" else inner
+
+
+def _check_meta(surveyed: Survey) -> None:
+    for part in surveyed.parts:
+        for optimizer in part.live if part.role == "optimizer" else ():
+            check_meta_parameters(part.name, optimizer)
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+import torch
 
 from ckptd.errors import CheckpointNotFoundError
 from ckptd.store.open import normalise_url
@@ -11,7 +13,7 @@ from ckptd.trainer.filling import Request, Resumed
 from ckptd.trainer.flatten import check_state
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.resuming import Resuming, Root
-from ckptd.trainer.stored import MapLocation, Rename
+from ckptd.trainer.terms import MapLocation, Rename, Terms
 
 
 def restore(  # noqa: PLR0913 - one keyword for each choice
@@ -22,6 +24,8 @@ def restore(  # noqa: PLR0913 - one keyword for each choice
     strict: bool = True,
     rename: Rename | None = None,
     map_location: MapLocation = None,
+    select: str | Sequence[str] | None = None,
+    dtype: torch.dtype | None = None,
     trust_pickle: bool = False,
     storage_options: dict[str, object] | None = None,
     meeting_timeout_s: float = 300.0,
@@ -37,12 +41,12 @@ def restore(  # noqa: PLR0913 - one keyword for each choice
         CkptdError: as `Checkpointer.resume`.
     """
     check_state(state)
+    terms = Terms(strict, rename, map_location, trust_pickle, select, dtype)
+    terms.check()
     url = normalise_url(os.fspath(source))
     meeting = Meeting.of_job(url, meeting_timeout_s)
     try:
-        request = Request(
-            state, strict, rename, map_location, trust_pickle, meeting.rank, meeting.world_size
-        )
+        request = Request(state, terms, meeting.rank, meeting.world_size)
         root = Root(url, storage_options or {}, may_commit=False)
         resumed = Resuming(root, meeting, meeting_timeout_s).run(request, step)
     finally:

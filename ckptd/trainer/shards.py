@@ -92,6 +92,17 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
+def empty_like_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a DTensor with memory for one that lies on the meta device."""
+    meta: Any = tensor
+    device, local = meta.device_mesh.device_type, local_of(tensor)
+    made: torch.Tensor = type(meta).from_local(
+        torch.empty_like(local, device=device), meta.device_mesh, meta.placements, run_check=False,
+        shape=tensor.shape, stride=tensor.stride(),
+    )  # fmt: skip
+    return made
+
+
 def shards_of(fqn: str, tensor: torch.Tensor | FlatPiece) -> Shards:
     """Return what this rank holds of a DTensor, or of a parameter in a flat one.
 

@@ -10,19 +10,12 @@ import torch
 from ckptd.errors import ConfigError, CorruptError, LayoutError, ShapeMismatchError
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
+from ckptd.trainer.terms import MapLocation, Rename
 from ckptd.trainer.wrappers import DTYPE_NAMES, DTYPES
-
-Rename = Mapping[str, str] | Callable[[str], str]
-MapLocation = str | torch.device | Mapping[str, str] | Callable[[Any, str], Any] | None
 
 
 class Stored:
-    """The tensor table and the values of a checkpoint under the names that a live state uses.
-
-    `rename` turns the name of a module's tensor in the checkpoint into its name in the state: a
-    function, or a mapping of whole names and of prefixes that end with a dot (the longest wins).
-    Optimizer state follows its parameter.
-    """
+    """The tensor table and the values of a checkpoint under the names that a live state uses."""
 
     def __init__(
         self,
@@ -146,7 +139,7 @@ def check_row(fqn: str, row: Tensor, shape: tuple[int, ...], dtype: torch.dtype)
     if DTYPES.get(row.dtype) is not dtype:
         name = DTYPE_NAMES.get(dtype, dtype)
         raise ShapeMismatchError(
-            f"{fqn} is {row.dtype} in the checkpoint and {name} in the state; convert one of them",
+            f"{fqn} is {row.dtype} in the checkpoint and {name} in the state; dtype= casts",
             fqn=fqn,
         )
 

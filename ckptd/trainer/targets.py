@@ -15,21 +15,23 @@ from ckptd.errors import LayoutError, ShapeMismatchError
 from ckptd.model.box import Box
 from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
-from ckptd.trainer.shards import is_sharded, shards_of
-from ckptd.trainer.stored import MapLocation, Stored, check_row, dtype_of, place
+from ckptd.trainer.shards import empty_like_meta, is_dtensor, is_sharded, shards_of
+from ckptd.trainer.stored import Stored, check_row, dtype_of, place
+from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import tensor_names
-from ckptd.trainer.wrappers import check_tensor
+from ckptd.trainer.wrappers import DTYPES, check_tensor
 
 Put = Callable[[int, npt.NDArray[np.uint8]], None]
 """Takes raw bytes from a place on; see `put_of`."""
 
 
 class Target(NamedTuple):
-    """Memory to fill, with the box `box` of what the checkpoint holds under `fqn`."""
+    """Memory to fill, with the box `box` of what the checkpoint holds under `fqn`, in `dtype`."""
 
     fqn: str
     box: Box
     tensor: torch.Tensor
+    dtype: torch.dtype
 
     def inner(self, box: Box) -> Box:
         """Return a box of the stored tensor as one of the memory."""
@@ -45,13 +47,12 @@ class Targets:
         used: stored names that something was found for.
     """
 
-    def __init__(self, stored: Stored, map_location: MapLocation, *, strict: bool) -> None:
-        self.strict = strict
+    def __init__(self, stored: Stored, terms: Terms) -> None:
+        self.terms = terms
         self.rows: list[Target] = []
         self.missing: list[str] = []
         self.used: set[str] = set()
         self._stored = stored
-        self._map_location = map_location
         self._places: dict[str, torch.device] = {}
 
     def in_place(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -84,10 +85,11 @@ class Targets:
         Raises:
             ShapeMismatchError: it does not, and a restore is strict.
         """
+        is_cast = self.terms.may_cast(DTYPES.get(row.dtype), dtype)
         try:
-            check_row(live_name, row, shape, dtype)
+            check_row(live_name, row, shape, dtype_of(row) if is_cast else dtype)
         except ShapeMismatchError:
-            if self.strict:
+            if self.terms.strict:
                 raise
             self.missing.append(live_name)
             return False
@@ -100,17 +102,20 @@ class Targets:
             shards = shards_of(row.fqn, tensor)
             for box, part in zip(shards.boxes, shards.parts, strict=True):
                 check_tensor(row.fqn, part)
-                self.rows.append(Target(row.fqn, box, part))
+                self.rows.append(Target(row.fqn, box, part, dtype_of(row)))
         elif tensor.numel():
-            self.rows.append(Target(row.fqn, Box.full(tuple(tensor.shape)), tensor))
+            whole = Box.full(tuple(tensor.shape))
+            self.rows.append(Target(row.fqn, whole, tensor, dtype_of(row)))
 
     def fresh(self, row: Tensor, *, like: torch.Tensor | None = None) -> torch.Tensor:
         """Make a tensor for `row`, in its dtype, and want it filled.
 
         It lies on the device of `like` and in its memory format if the shapes agree, else where
-        `map_location` puts it.
+        `map_location` puts it; then a floating one that is no optimizer's is of the dtype of the terms.
         """
         dtype = dtype_of(row)
+        if like is None and self.terms.dtype is not None and row.kind != "optimizer":
+            dtype = self.terms.dtype if dtype.is_floating_point else dtype
         if like is not None and tuple(like.shape) == row.shape:
             tensor = torch.empty_like(like, dtype=dtype, requires_grad=False)
         else:
@@ -118,6 +123,41 @@ class Targets:
             tensor = torch.empty(row.shape, dtype=dtype, device=device)
         self.fill(row, tensor)
         return tensor
+
+    def materialise(self, row: Tensor, meta: torch.Tensor) -> torch.Tensor:
+        """Make a tensor that takes the place of one on the meta device, and want it filled."""
+        if is_dtensor(meta):
+            made = empty_like_meta(meta)
+        else:
+            made = torch.empty(row.shape, dtype=meta.dtype, device=self._place(row.device))
+        self.fill(row, made)
+        return made
+
+    @property
+    def cuda_devices(self) -> set[torch.device]:
+        """The GPUs on which targets lie."""
+        return {target.tensor.device for target in self.rows if target.tensor.is_cuda}
+
+    def write(self, i: int, box: Box, raw: memoryview | bytes | bytearray) -> None:
+        """Copy verified bytes (row-major) into a box, which lies in that of target `i`.
+
+        From any thread; boxes that are written at once must not overlap. `raw` is not kept.
+
+        Raises:
+            ValueError: the box is not in the tensor, or `raw` is not its bytes.
+        """
+        target = self.rows[i]
+        write_box(target.tensor, target.inner(box), raw, target.dtype)
+
+    def place(self, i: int, box: Box) -> Put | None:
+        """Return what takes the bytes of a box of target `i` in parts; None: `write` takes them whole.
+
+        The same rules as for `write`.
+        """
+        target = self.rows[i]
+        if target.dtype is not target.tensor.dtype:
+            return None
+        return put_of(target.tensor, target.inner(box))
 
     def of_tree(self, tree: Tree, live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a tensor for each that a stored value refers to: the live one, or a fresh one.
@@ -141,7 +181,7 @@ class Targets:
 
     def _place(self, device: str) -> torch.device:
         if device not in self._places:
-            self._places[device] = place(device, self._map_location)
+            self._places[device] = place(device, self.terms.map_location)
         return self._places[device]
 
 
@@ -155,8 +195,15 @@ def _memory(tensor: torch.Tensor) -> object:
     )  # fmt: skip
 
 
-def write_box(tensor: torch.Tensor, box: Box, raw: memoryview | bytes | bytearray) -> None:
+def write_box(
+    tensor: torch.Tensor,
+    box: Box,
+    raw: memoryview | bytes | bytearray,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Copy the row-major bytes of a box into a tensor. Safe from several threads for disjoint boxes.
+
+    `dtype` is that of the bytes if it is not the tensor's, which they are cast to then.
 
     Raises:
         ValueError: the box is not in the tensor, or `raw` is not its bytes.
@@ -164,15 +211,16 @@ def write_box(tensor: torch.Tensor, box: Box, raw: memoryview | bytes | bytearra
     if not box.is_within(tuple(tensor.shape)):
         raise ValueError(f"box {box} outside of shape {tuple(tensor.shape)}")
     count = math.prod(box.shape)
-    if memoryview(raw).nbytes != count * tensor.itemsize:
-        raise ValueError(f"{memoryview(raw).nbytes} bytes for box {box} of {tensor.dtype}")
+    dtype = dtype or tensor.dtype
+    if memoryview(raw).nbytes != count * dtype.itemsize:
+        raise ValueError(f"{memoryview(raw).nbytes} bytes for box {box} of {dtype}")
     if not count:
         return
     held = np.frombuffer(raw, dtype=np.uint8)
     # torch.frombuffer warns of memory that is read-only; it is only read here, and `held` keeps it.
     window = (ctypes.c_uint8 * held.nbytes).from_address(held.ctypes.data)
     with torch.no_grad():
-        source = torch.frombuffer(window, dtype=tensor.dtype).reshape(box.shape)
+        source = torch.frombuffer(window, dtype=dtype).reshape(box.shape)
         tensor[box.slices((0,) * len(box.start))].copy_(source)
     del source, window, held
 

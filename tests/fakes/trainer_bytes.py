@@ -13,6 +13,7 @@ from ckptd.trainer.capture import Destination
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.layouts import layout_of
 from ckptd.trainer.rebuild import RestorePlan, Restorer
+from ckptd.trainer.terms import Terms
 from ckptd.wire.messages import ChunkPlan
 
 
@@ -55,7 +56,7 @@ def restore(
     saved: Saved, state: dict[str, Any], **options: Any
 ) -> tuple[dict[str, Any], RestorePlan]:
     """Write every target box by box, then finish."""
-    plan = Restorer(state, **options).wanted(saved.tensors, saved.aliases, saved.values)
+    plan = Restorer(state, Terms(**options)).wanted(saved.tensors, saved.aliases, saved.values)
     for i, target in enumerate(plan.targets):
         row = saved.tensors[target.fqn]
         raw = memoryview(saved.bytes_of[target.fqn])

@@ -19,6 +19,7 @@ from ckptd.errors import (
 from ckptd.model.box import Box
 from ckptd.trainer.rebuild import Restorer
 from ckptd.trainer.rng import RNGState
+from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import PerRank
 from tests.fakes.trainer_bytes import Saved, restore, save
 
@@ -35,7 +36,7 @@ class Loader:
 
 
 def wanted(saved: Saved, state: Any, **options: Any) -> Any:
-    return Restorer(state, **options).wanted(saved.tensors, saved.aliases, saved.values)
+    return Restorer(state, Terms(**options)).wanted(saved.tensors, saved.aliases, saved.values)
 
 
 # --- checks come first -----------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 from ckptd.errors import CorruptError, LayoutError, TornRestoreError
 from ckptd.trainer.rebuild import Restorer
 from ckptd.trainer.rng import RNGState
+from ckptd.trainer.terms import Terms
 from tests.fakes.trainer_bytes import Saved, restore, save
 
 
@@ -28,7 +29,7 @@ def trained(make: Any, *, steps: int = 1) -> dict[str, Any]:
 
 
 def wanted(saved: Saved, state: Any, **options: Any) -> Any:
-    return Restorer(state, **options).wanted(saved.tensors, saved.aliases, saved.values)
+    return Restorer(state, Terms(**options)).wanted(saved.tensors, saved.aliases, saved.values)
 
 
 def without_class(saved: Saved) -> Saved:

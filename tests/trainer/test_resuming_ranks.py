@@ -37,6 +37,7 @@ from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 from ckptd.trainer.resuming import Resumed, Resuming, Root
 from ckptd.trainer.rng import RNGState
+from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import PerRank
 from tests.fakes.checkpoints import flip_byte, write_checkpoint
 from tests.fakes.stores import FailingStore
@@ -80,16 +81,13 @@ class Job:
         )  # fmt: skip
         ended: list[Ended] = [Ended(None, None)] * len(states)
         step = changes.pop("step", None)
-        settings = {"strict": True, "rename": None, "map_location": None, "trust_pickle": False}
 
         def work(rank: int) -> None:
             meeting = Meeting(board, rank, len(states))
             root = Root(options.url, options.storage_options, may_commit=True)
             resuming = Resuming(root, meeting, options.meeting_timeout_s)
             try:
-                request = Request(
-                    state=states[rank], rank=rank, world_size=len(states), **{**settings, **changes}
-                )
+                request = Request(states[rank], Terms(**changes), rank, len(states))
                 ended[rank] = Ended(resuming.run(request, step), None)
             except Exception as error:  # noqa: BLE001 - the test judges it
                 ended[rank] = Ended(None, error)
