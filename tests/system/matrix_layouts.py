@@ -5,6 +5,7 @@ Every rank trains on the same batch, so that all layouts compute what one proces
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -247,6 +248,31 @@ LAYOUTS: dict[str, Layout] = {
 def names_at(world_size: int) -> list[str]:
     """Return the layouts that are tried at a world size."""
     return [name for name, layout in LAYOUTS.items() if world_size in layout.worlds]
+
+
+def sources_for(world_size: int, sources: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Return which layouts, each with the world size that saved it, are restored at a world size.
+
+    All of them at one and two ranks; at more the larger ones, to keep the suite short.
+    """
+    if os.environ.get("CKPTD_MATRIX") == "full":
+        return sources
+    return [(name, world) for name, world in sources if world_size <= 2 or world > 2]
+
+
+def everything() -> list[tuple[str, int]]:
+    """Return all layouts with the world sizes that they are saved at."""
+    return [(name, world) for name, layout in LAYOUTS.items() for world in layout.worlds]
+
+
+def pairs() -> list[tuple[str, str]]:
+    """Return all source and target layouts that are tried, each as ``name-world``."""
+    return [
+        (f"{source}-{saved}", f"{target}-{world}")
+        for target, world in everything()
+        for source, saved in sources_for(world, everything())
+        if is_tied(source) == is_tied(target)
+    ]
 
 
 def whole(job: Job) -> dict[str, torch.Tensor]:

@@ -48,10 +48,10 @@ def expected(folder: Path, source: str) -> dict[str, torch.Tensor]:
 def restore(folder: Path) -> None:
     world_size, rank = dist.get_world_size(), dist.get_rank()
     rows = []
-    for path in sorted(folder.glob("*-[0-9]-0.pt")):
-        source = path.stem.removesuffix("-0")
+    for saved, world in layouts.sources_for(world_size, layouts.everything()):
+        source = f"{saved}-{world}"
         wanted = expected(folder, source)
-        loss = torch.load(path, weights_only=True)["loss"]
+        loss = torch.load(folder / f"{source}-0.pt", weights_only=True)["loss"]
         for name in layouts.names_at(world_size):
             if layouts.is_tied(name) != layouts.is_tied(source):
                 continue
