@@ -41,6 +41,7 @@ class ModuleLoad:
         """
         check_hidden_buffers(self._held)
         live = self._held.live_ids()
+        unfound: list[tuple[str, str, Any]] = []
         for fqn, key, value in zip(
             self._held.fqns, self._held.keys, self._held.values, strict=True
         ):
@@ -55,6 +56,11 @@ class ModuleLoad:
                 self._add(fqn, key, value, row, targets)
             elif fqn in extra:
                 self.fqns[key] = fqn
+            else:
+                unfound.append((fqn, key, value))
+        for fqn, key, value in unfound:
+            if id(value) in self._made:  # tied to one that was found
+                self._assigned[key] = self._made[id(value)]
             else:
                 targets.missing.append(fqn)
 

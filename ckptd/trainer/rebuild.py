@@ -278,7 +278,7 @@ class RestorePlan:
             _merge(target, inner)
             found[part.name] = target
         elif isinstance(self._state, MutableMapping):
-            self._state[part.name] = PerRank(inner) if part.role == "per_rank" else inner
+            self._state[part.name] = _again(part, inner)
 
 
 def _check_meta(surveyed: Survey) -> None:
@@ -337,6 +337,10 @@ def _walk(value: object, path: str, depth: int) -> Iterator[tuple[str, torch.Ten
         elif isinstance(value, (list, tuple, deque)):
             for i, inner in enumerate(value):
                 yield from _walk(inner, f"{path}.{i}", depth + 1)
+
+
+def _again(part: Part, inner: Any) -> Any:
+    return PerRank(inner, on_resize=part.value.on_resize) if part.role == "per_rank" else inner
 
 
 def _merge(live: dict[Any, Any], value: dict[Any, Any]) -> None:
