@@ -6,6 +6,7 @@ its own then, in its own session.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -14,7 +15,12 @@ from ckptd.daemon.process import main, set_up_log
 from ckptd.errors import CkptdError
 
 
-def _start(socket: str) -> int:
+def start(socket: str) -> int:
+    """Serve on `socket` in a process of its own, detached from this one; return the exit code.
+
+    This process lets go of all that it inherited but its standard streams.
+    """
+    _let_go()
     try:
         config = daemon_config(os.environ, socket=socket, is_on_demand=True)
     except CkptdError as error:
@@ -24,5 +30,16 @@ def _start(socket: str) -> int:
     return main(config, os.environ, is_detached=True)
 
 
+def _let_go() -> None:
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()
+    os.chdir("/")
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
+    for fd in map(int, os.listdir(folder)):
+        if fd > 2:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.close(fd)
+
+
 if __name__ == "__main__":
-    sys.exit(_start(sys.argv[1]))
+    sys.exit(start(sys.argv[1]))

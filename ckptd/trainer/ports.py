@@ -7,7 +7,7 @@ import fcntl
 import logging
 import os
 import queue
-import subprocess
+import signal
 import sys
 import threading
 import time
@@ -188,6 +188,16 @@ def is_daemon_there(options: Options) -> bool:
     return is_serving(socket_path(options.url, options.storage_options, os.environ))
 
 
+# What lies in the folder that the job runs in must not take the place of modules.
+_DAEMON = """
+import sys
+if sys.path[:1] == [""]:
+    del sys.path[0]
+from ckptd.daemon.__main__ import start
+sys.exit(start(sys.argv[1]))
+"""
+
+
 def start_daemon(path: str, env: Mapping[str, str]) -> None:
     """Start a detached daemon on `path` and wait until it listens; one process of a node does it.
 
@@ -229,18 +239,48 @@ def _take_turn(lock: int, path: str) -> None:
 
 
 def _run_daemon(path: str, log_fd: int, env: Mapping[str, str]) -> None:
-    command = [sys.executable, "-m", "ckptd.daemon", path]
     log.info("starting a daemon on %s", path)
+    deadline = time.monotonic() + START_TIMEOUT_S
     try:
-        # The child comes back once its own child listens, so no zombie is left to this process.
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd="/",
-            env=dict(env), start_new_session=True, close_fds=True,
-            timeout=START_TIMEOUT_S, check=False,
+        # Not by `subprocess`: it waits for the end of a pipe that a data loader's worker, forked
+        # meanwhile on another thread, holds for as long as it lives (seen).
+        pid = os.posix_spawn(
+            sys.executable, [sys.executable, "-c", _DAEMON, path], dict(env),
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, log_fd, 1),
+                (os.POSIX_SPAWN_DUP2, log_fd, 2),
+            ],
         )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         raise DaemonUnavailableError(f"no daemon could be started: {error}") from error
-    if done.returncode != 0:
+    code = _wait(pid, deadline)
+    if code is None:
         raise DaemonUnavailableError(
-            f"the daemon ended with code {done.returncode}; its log is {path}.log"
+            f"the daemon did not listen within {START_TIMEOUT_S:.0f} s; its log is {path}.log"
         )
+    if code != 0:
+        raise DaemonUnavailableError(f"the daemon ended with code {code}; its log is {path}.log")
+
+
+def _wait(pid: int, deadline: float) -> int | None:
+    """Return the exit code of a child, which comes back once its own child listens; None: not in time.
+
+    No zombie is left.
+    """
+    delay_s = 0.002
+    while True:
+        try:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:  # the job ignores SIGCHLD: whoever connects next will see
+            return 0
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+            return None
+        time.sleep(delay_s)
+        delay_s = min(2 * delay_s, 0.05)
