@@ -121,7 +121,10 @@ class Targets:
         else:
             device = like.device if like is not None else self._place(row.device)
             tensor = torch.empty(row.shape, dtype=dtype, device=device)
-        self.fill(row, tensor)
+        if tensor.is_meta:  # asked for, by `map_location`: shapes without contents
+            self.used.add(row.fqn)
+        else:
+            self.fill(row, tensor)
         return tensor
 
     def materialise(self, row: Tensor, meta: torch.Tensor) -> torch.Tensor:

@@ -199,3 +199,9 @@ def test_the_floors_are_those_that_are_enforced(name):
     layers = re.findall(r'"(.*)"', re.findall(r"layers = \[(.*?)\]", settings, re.DOTALL)[0])
     assert len(layers) == 9
     assert " > ".join(layers) in (PROJECT / name).read_text()
+
+
+def test_the_table_of_layouts_is_what_the_matrix_tries():
+    from tests.system.matrix_layouts import table
+
+    assert table() in (PROJECT / "docs/layouts.md").read_text()

@@ -326,3 +326,23 @@ _WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module"}
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+
+
+def table() -> str:
+    """Return what is tried into what as a Markdown table, with world sizes; it stands in the docs.
+
+    All pairs are tried with ``CKPTD_MATRIX=full``.
+    """
+    names = list(LAYOUTS)
+    lines = ["| saved as, by so many ranks | restored into: " + " | ".join(names) + " |"]
+    lines.append("|---" * (len(names) + 1) + "|")
+    for source in names:
+        worlds = ", ".join(map(str, LAYOUTS[source].worlds))
+        cells = [
+            ", ".join(map(str, LAYOUTS[target].worlds))
+            if is_tied(source) == is_tied(target)
+            else "-"
+            for target in names
+        ]
+        lines.append(f"| {source} ({worlds}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
