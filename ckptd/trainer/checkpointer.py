@@ -181,10 +181,13 @@ class Checkpointer:
         select: str | Sequence[str] | None = None,
         dtype: torch.dtype | None = None,
         trust_pickle: bool = False,
+        share_reads: bool | None = None,
     ) -> Resumed | None:
         """Fill the live objects of `state` from the newest whole checkpoint, on all ranks alike.
 
         Every rank calls it, once, before the first save. None if the root holds no checkpoint yet.
+        What all ranks want is read once and passed on over the job's process group where they are on
+        several nodes, or as `share_reads` says, alike on all ranks.
         `trust_pickle` opens stored pickles, which can run any code.
 
         Raises:
@@ -208,7 +211,7 @@ class Checkpointer:
                 "an older checkpoint may be taken than there could be"
             )
         request = Request(state, terms, self._meeting.rank, self._meeting.world_size)
-        resumed = self._resuming.run(request, step)
+        resumed = self._resuming.run(request, step, share_reads=share_reads)
         if resumed is not None:
             self._saving.resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
         try:

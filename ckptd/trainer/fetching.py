@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 
 import torch
 
@@ -66,8 +66,8 @@ class Fetch:
         wanted = [Wanted(target.fqn, target.box) for target in targets.rows]
         self._reads = choose_reads(records, wanted, rank, world_size)
 
-    def run(self) -> None:
-        """Read everything into the targets.
+    def run(self, only: Container[int] | None = None) -> None:
+        """Read everything into the targets, or into those at the places `only`.
 
         Raises:
             CorruptError: a chunk is damaged; what is filled is changed half.
@@ -81,15 +81,23 @@ class Fetch:
         def sink(region: Region, raw: memoryview) -> None:
             targets.write(region.wanted, region.box, raw)
 
+        reads = self._reads if only is None else list(_reads_of(self._reads, only))
         devices = targets.cuda_devices
         for device in devices:  # readers do not write on the job's stream
             torch.cuda.synchronize(device)
         with progress_bar("restoring", is_shown=self._rank == 0) as progress:
             read_chunks(
-                self._records.store, self._reads, sink, place=place,
+                self._records.store, reads, sink, place=place,
                 threads=min(MAX_READERS, 2 * usable_cores()),
                 make_buffer=pinned_buffer if devices else plain_buffer, progress=progress,
             )  # fmt: skip
+
+
+def _reads_of(reads: Iterable[ChunkRead], only: Container[int]) -> Iterator[ChunkRead]:
+    for read in reads:
+        regions = tuple(region for region in read.regions if region.wanted in only)
+        if regions:
+            yield read._replace(regions=regions)
 
 
 def choose_reads(

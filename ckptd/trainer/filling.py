@@ -12,6 +12,7 @@ from ckptd.store.base import Store
 from ckptd.trainer.fetching import Fetch, Records
 from ckptd.trainer.flatten import survey
 from ckptd.trainer.inheritance import Heir, Inheritance
+from ckptd.trainer.passing import Passing, digest_of, may_pass
 from ckptd.trainer.rebuild import RestorePlan, Restorer
 from ckptd.trainer.terms import Terms
 
@@ -46,7 +47,7 @@ class Request(NamedTuple):
 
 
 class Filling:
-    """Call `check`, then `fill`, then `finish`, on one thread. Reads run on threads of their own."""
+    """Call `check`, `fill`, `pass_on` and `finish` on one thread. Reads run on threads of their own."""
 
     def __init__(self, store: Store, request: Request) -> None:
         self._store = store
@@ -54,6 +55,7 @@ class Filling:
         self._manifest: Manifest | None = None
         self._plan: RestorePlan | None = None
         self._fetch: Fetch | None = None
+        self._passing: Passing | None = None
         self._values: dict[str, Tree] = {}
         self._restored: dict[str, Any] = {}
         self._surplus: tuple[str, ...] = ()
@@ -81,15 +83,33 @@ class Filling:
         self._plan = restorer.wanted(tensors, manifest.aliases, {**own.values, **self._values})
         self._fetch = Fetch(records, request.rank, request.world_size, self._plan.fills)
 
+    @property
+    def wants(self) -> str:
+        """What is equal on ranks that want the same and can pass it on; empty: this rank cannot."""
+        assert self._plan is not None
+        targets, world_size = self._plan.targets, self._request.world_size
+        return digest_of(targets) if targets and may_pass(targets, world_size) else ""
+
+    def share(self) -> None:
+        """From here on read only this rank's part of what all ranks want; `pass_on` gets the rest."""
+        assert self._plan is not None
+        request = self._request
+        self._passing = Passing(self._plan.targets, request.rank, request.world_size)
+
     def fill(self) -> None:
-        """Read everything into the live tensors.
+        """Read everything into the live tensors, or this rank's part of it.
 
         Raises:
             CorruptError: a chunk is damaged; the objects are changed half.
             StoreError: the store did not answer; the objects are changed half.
         """
         assert self._fetch is not None
-        self._fetch.run()
+        self._fetch.run(None if self._passing is None else self._passing.own)
+
+    def pass_on(self) -> None:
+        """Exchange what ranks have read. All of them call it, after all have said that they have."""
+        if self._passing is not None:
+            self._passing.run()
 
     def finish(self) -> None:
         """Give optimizers, schedulers, values and generators their state."""

@@ -28,13 +28,16 @@ def restore(  # noqa: PLR0913 - one keyword for each choice
     dtype: torch.dtype | None = None,
     trust_pickle: bool = False,
     storage_options: dict[str, object] | None = None,
+    share_reads: bool | None = None,
     meeting_timeout_s: float = 300.0,
 ) -> Resumed:
     """Fill the live objects of `state` from a checkpoint of the root `source`; writes nothing to it.
 
     For evaluation, fine-tuning and conversion; a job that goes on training its own root calls
     `Checkpointer.resume`, which takes the same arguments and does the same. In a job of several ranks
-    every rank calls it, in the same order, and all take the same checkpoint.
+    every rank calls it, in the same order, and all take the same checkpoint. What all of them want is
+    read once and passed on over the job's process group where they are on several nodes, or as
+    `share_reads` says.
 
     Raises:
         CheckpointNotFoundError: the root holds no checkpoint.
@@ -48,7 +51,9 @@ def restore(  # noqa: PLR0913 - one keyword for each choice
     try:
         request = Request(state, terms, meeting.rank, meeting.world_size)
         root = Root(url, storage_options or {}, may_commit=False)
-        resumed = Resuming(root, meeting, meeting_timeout_s).run(request, step)
+        resumed = Resuming(root, meeting, meeting_timeout_s).run(
+            request, step, share_reads=share_reads
+        )
     finally:
         meeting.close()
     if resumed is None:

@@ -49,10 +49,14 @@ class _Report(msgspec.Struct):
     kind: str = ""
     reason: str = ""
     fqn: str = ""
+    note: str = ""
 
 
 class Root(NamedTuple):
-    """Where to look. `may_commit`: steps that lack only their manifest are given it first."""
+    """Where to look.
+
+    `may_commit`: steps that lack only their manifest are given it first.
+    """
 
     url: str
     storage_options: dict[str, object]
@@ -67,12 +71,19 @@ class Resuming:
         self._meeting = meeting
         self._timeout_s = timeout_s
         self._runs = 0
+        self._notes: list[str] = []  # of all ranks, from the last phase
+        self._shares = False
+        self._is_asked: bool | None = None
 
-    def run(self, request: Request, step: int | None) -> Resumed | None:
+    def run(
+        self, request: Request, step: int | None, *, share_reads: bool | None = None
+    ) -> Resumed | None:
         """Fill the request's state from checkpoint `step`, None for the newest whole one.
 
-        See `Checkpointer.resume`.
+        With `share_reads` what all ranks want is read once and passed on over the job's process group;
+        None: if they are on several nodes. See `Checkpointer.resume`.
         """
+        self._is_asked = share_reads
         self._runs += 1
         store = open_store(self._root.url, self._root.storage_options)
         try:
@@ -100,6 +111,8 @@ class Resuming:
             if problem is None:
                 is_torn = True
                 problem = self._change(f"{turn}/fill", filling.fill)
+            if problem is None and self._shares:
+                problem = self._change(f"{turn}/pass", filling.pass_on)
             if problem is None:
                 problem = self._change(f"{turn}/finish", filling.finish)
             if problem is None:
@@ -110,8 +123,16 @@ class Resuming:
             )
 
     def _check(self, filling: Filling, id_: StepId, turn: int, *, is_torn: bool) -> str | None:
+        def check() -> str:
+            filling.check(id_)
+            return filling.wants if self._may_share() else ""
+
         try:
-            return self._phase(f"{turn}/check", lambda: filling.check(id_))
+            problem = self._phase(f"{turn}/check", check)
+            self._shares = problem is None and len(set(self._notes)) == 1 and self._notes[0] != ""
+            if self._shares:
+                filling.share()
+            return problem
         except LayoutError as error:
             if not is_torn:
                 raise
@@ -119,6 +140,13 @@ class Resuming:
                 "the live objects were changed half from a newer checkpoint that turned out damaged, "
                 f"and {id_.short} does not fit: do not use them, start the process again. {error}"
             ) from error
+
+    def _may_share(self) -> bool:
+        """Tell whether links between ranks are worth it: one node's ranks share the page cache."""
+        meeting = self._meeting
+        if meeting.world_size == 1 or self._is_asked is False:
+            return False
+        return self._is_asked is True or meeting.local_world_size < meeting.world_size
 
     def _change(self, name: str, work: Callable[[], None]) -> str | None:
         """Do a phase that changes the live objects: whatever stops it leaves them half changed."""
@@ -142,20 +170,23 @@ class Resuming:
             raise _error(proposal.kind, f"rank 0 could not look: {proposal.reason}")
         return StepId.parse(proposal.id) if proposal.id is not None else None
 
-    def _phase(self, name: str, work: Callable[[], None]) -> str | None:
+    def _phase(self, name: str, work: Callable[[], str | None]) -> str | None:
         """Do something on every rank; return what is damaged, raise what else went wrong."""
         error: Exception | None = None
+        note = ""
         try:
-            work()
+            note = work() or ""
         except Exception as caught:  # noqa: BLE001 - the other ranks must not wait for this one
             error = caught
         report = _report(error)
+        report.note = note
         answers = self._meeting.gather(
             f"resume/{self._runs}/{name}",
             msgspec.json.encode(report),
             self._timeout_s,
         )
         reports = [msgspec.json.decode(answer, type=_Report) for answer in answers]
+        self._notes = [other.note for other in reports]
         if report.state == "bad":
             assert error is not None
             raise error
