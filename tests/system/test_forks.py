@@ -49,7 +49,7 @@ def test_p3_children_that_are_forked_meanwhile_do_not_hold_up_the_start_of_a_dae
     """`subprocess` would wait until all of them have ended."""
     runtime = tmp_path / "rt"
     runtime.mkdir(0o700)
-    env = {**os.environ, "CKPTD_RUNTIME_DIR": str(runtime)}
+    env = {**os.environ, "CKPTD_RUNTIME_DIR": str(runtime), "CKPTD_LINGER_S": "0.1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FORKING, str(runtime / "d.sock")],
         env=env, capture_output=True, text=True, timeout=90, check=False,
@@ -70,6 +70,6 @@ def test_a_daemon_takes_no_modules_from_the_folder_of_the_job(tmp_path: Path) ->
     done = subprocess.run(
         [sys.executable, "-c", script, str(runtime / "d.sock")],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
-        env={**os.environ, "CKPTD_RUNTIME_DIR": str(runtime)},
+        env={**os.environ, "CKPTD_RUNTIME_DIR": str(runtime), "CKPTD_LINGER_S": "0.1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
