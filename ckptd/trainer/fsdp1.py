@@ -64,10 +64,10 @@ class Inside(NamedTuple):
     piece: FlatPiece
 
 
-def is_fsdp1(module: nn.Module) -> bool:
-    """Tell whether this is FSDP1's wrapper; a process that never imported it has none."""
+def wrappers_in(root: nn.Module) -> list[Any]:
+    """Return FSDP1's wrappers in `root`; a process that never imported them has none."""
     kind = getattr(sys.modules.get(_MODULE), "FullyShardedDataParallel", None)
-    return kind is not None and isinstance(module, kind)
+    return [] if kind is None else [m for m in root.modules() if isinstance(m, kind)]
 
 
 def is_flat(parameter: object) -> bool:
@@ -77,8 +77,8 @@ def is_flat(parameter: object) -> bool:
 
 def reshard(root: nn.Module) -> None:
     """Let go of gathered parameters in `root`, which writes to what this rank holds would not reach."""
-    for module in root.modules():
-        handle: Any = getattr(module, "_handle", None) if is_fsdp1(module) else None
+    for wrapper in wrappers_in(root):
+        handle = wrapper._handle
         # The memory for gathered parameters comes with the first forward pass.
         if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):
             continue
@@ -89,7 +89,7 @@ def reshard(root: nn.Module) -> None:
 
 def flat_parameters(root: nn.Module) -> list[Any]:
     """Return the flat parameters in `root`."""
-    handles = (getattr(module, "_handle", None) for module in root.modules() if is_fsdp1(module))
+    handles = (wrapper._handle for wrapper in wrappers_in(root))
     return [handle.flat_param for handle in handles if handle is not None]
 
 

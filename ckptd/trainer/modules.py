@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import Parameter
 
 from ckptd.errors import UnsupportedValueError
-from ckptd.trainer.fsdp1 import FlatPiece, flat_parameters, inside, is_flat, is_fsdp1, reshard
+from ckptd.trainer.fsdp1 import FlatPiece, flat_parameters, inside, is_flat, reshard, wrappers_in
 from ckptd.trainer.wrappers import clean_modules, clean_name, clean_paths, unwrap
 
 
@@ -45,7 +45,7 @@ def module_state(module: nn.Module, prefix: str) -> ModuleState:
     Raises:
         UnsupportedValueError: FSDP1 keeps something of it in a form that has no stored one.
     """
-    if any(map(is_fsdp1, module.modules())):
+    if wrappers_in(module):
         return _flat_state(module, prefix)
     inner = unwrap(module)
     paths = clean_paths(inner, prefix)

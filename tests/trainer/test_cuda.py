@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import ckptd
 from ckptd.errors import StateChangedError
 from ckptd.trainer.checkpointer import Checkpointer
 from tests.fakes.training import WAIT_S
@@ -159,3 +161,58 @@ def test_a_checkpoint_of_a_gpu_opens_without_one(ckpt: Checkpointer) -> None:
         again.resume(plain)
     for key, tensor in plain["model"].state_dict().items():
         assert torch.equal(tensor, expected[f"m.{key}"].cpu())
+
+
+# --- layouts ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.cuda.set_device(0)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    yield init_device_mesh("cuda", (1,))
+    dist.destroy_process_group()
+
+
+def sharded_job(mesh: Any, seed: int) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)).cuda()
+    for part in (*model, model):
+        fully_shard(part, mesh=mesh)
+    state = {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.01)}
+    step(state)
+    return state
+
+
+def test_fsdp2_on_a_gpu_is_saved_restored_and_opened_without_it(ckpt: Checkpointer, mesh) -> None:
+    state = sharded_job(mesh, 1)
+    ckpt.save(1, state)
+    step(state)  # waits for a copy that is under way
+    ckpt.wait()
+    loaded = ckptd.load(ckpt.options.url, map_location="cpu")
+    back = sharded_job(mesh, 2)
+    ckptd.restore(ckpt.options.url, back)
+    for fqn, parameter in back["model"].named_parameters():
+        assert parameter.device.type == "cuda"
+        assert torch.equal(parameter.full_tensor().cpu(), loaded["model"][fqn])
+        moment = back["optimizer"].state[parameter]["exp_avg"].full_tensor().cpu()
+        assert torch.equal(moment, loaded["optimizer"]["state"][f"model.{fqn}"]["exp_avg"])
+
+
+def test_a_module_on_the_meta_device_comes_up_on_the_gpu(ckpt: Checkpointer) -> None:
+    state = make_job()
+    ckpt.save(1, {"model": state["model"]}, wait=True)
+    with torch.device("meta"):
+        fresh = nn.Sequential(
+            nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        )
+    ckptd.restore(ckpt.options.url, {"model": fresh})
+    assert {p.device.type for p in fresh.parameters()} == {"cuda"}
+    assert all(map(torch.equal, fresh.state_dict().values(), state["model"].state_dict().values()))
