@@ -172,3 +172,40 @@ def test_restore_fills_live_objects_and_tells_what_it_took(root: Path) -> None:
     assert (resumed.step, resumed.metrics, state["epoch"]) == (2, {"loss": 0.5}, 4)
     assert torch.equal(model["head"].weight, make()["model"]["head"].weight)
     assert "model.body.weight" not in resumed.unused
+
+
+def test_what_goes_along_with_training_comes_back(tmp_path: Path) -> None:
+    """Schedulers, a gradient scaler, an averaged copy and a loader with a position."""
+
+    def companions(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 3)
+        optimizer = torch.optim.Adagrad(model.parameters(), lr=0.5)
+        average = torch.optim.swa_utils.AveragedModel(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (8 + seed))
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        for _ in range(seed):
+            loss = scaler.scale(model(torch.ones(1, 3)).sum())
+            optimizer.zero_grad()
+            loss.backward()
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            average.update_parameters(model)
+        return {
+            "model": model, "optimizer": optimizer, "average": average, "scaler": scaler,
+            "schedule": schedule,
+        }  # fmt: skip
+
+    state, back = companions(3), companions(1)
+    with ckptd.Checkpointer(tmp_path / "root", daemon=False) as ckpt:
+        ckpt.save(1, state, wait=True)
+    resumed = ckptd.restore(tmp_path / "root", back)
+    assert (resumed.missing, resumed.unused) == ((), ())
+    assert back["scaler"].state_dict() == state["scaler"].state_dict()
+    assert back["schedule"].state_dict() == state["schedule"].state_dict()
+    assert int(back["average"].n_averaged) == 3
+    for name in ("model", "average"):
+        held = state[name].state_dict()
+        assert all(torch.equal(v, held[k]) for k, v in back[name].state_dict().items())
+    assert back["optimizer"].param_groups[0]["lr"] == state["optimizer"].param_groups[0]["lr"]
