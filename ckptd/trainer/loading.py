@@ -77,7 +77,7 @@ def _load(store: Store, manifest: Manifest, terms: Terms) -> dict[str, Any]:
                 found[row.fqn] = targets.fresh(row)
             found[fqn] = found[row.fqn]
     Fetch(records, 0, 1, targets).run()
-    loaded = _assemble(found, values, terms)
+    loaded = _assemble(found, stored, terms)
     if not loaded and terms.select is not None:
         raise LayoutError(f"select={terms.select!r} fits no name in the checkpoint")
     return loaded
@@ -105,9 +105,8 @@ def _entry(fqn: str, values: Mapping[str, Tree]) -> str:
     return max(known, key=len, default=fqn.partition("/")[0].partition(".")[0])
 
 
-def _assemble(
-    tensors: Mapping[str, torch.Tensor], values: Mapping[str, Tree], terms: Terms
-) -> dict[str, Any]:
+def _assemble(tensors: Mapping[str, torch.Tensor], stored: Stored, terms: Terms) -> dict[str, Any]:
+    values = stored.values
     loaded: dict[str, Any] = {}
     inside = set()
     for name, tree in values.items():
@@ -118,9 +117,11 @@ def _assemble(
         if names <= tensors.keys():
             value = decode_value(tree, tensors=tensors, trust_pickle=terms.trust_pickle)
             loaded[name] = value.value if isinstance(value, PerRank) else value
+            if not stored.is_of_object(name):  # a plain value may look like one
+                continue
             if is_optimizer(tree):
                 loaded[name] = _optimizer(loaded[name])
-            elif is_module(tree):
+            else:
                 loaded[name] = dict(loaded[name]["extra_state"])
                 prefix = f"{name}."
                 loaded[name] = {k.removeprefix(prefix): v for k, v in loaded[name].items()}
