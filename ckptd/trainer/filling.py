@@ -23,8 +23,8 @@ class Resumed(NamedTuple):
     `values` are the entries of the state that are plain values, as they were saved. `source` says
     where the bytes came from: ``store``. With ``strict=False``, `missing` are names that the state
     wanted and the checkpoint did not hold; `unused` are names that it held and nobody wanted.
-    `surplus` lists, on every rank, what ranks of the old world kept for themselves and nobody took
-    over, as ``name@rank``.
+    `surplus` lists, on every rank, what ranks that there are no more kept for themselves, as ``name@rank``;
+    generators that went by stream may live on under another rank.
     """
 
     step: int
@@ -47,7 +47,10 @@ class Request(NamedTuple):
 
 
 class Filling:
-    """Call `check`, `fill`, `pass_on` and `finish` on one thread. Reads run on threads of their own."""
+    """Call `check`, `share` if all want the same, `fill`, `pass_on` and `finish`, on one thread.
+
+    Reads run on threads of their own.
+    """
 
     def __init__(self, store: Store, request: Request) -> None:
         self._store = store
@@ -72,14 +75,13 @@ class Filling:
         manifest = self._manifest = read_manifest(self._store, id_)
         records = Records(self._store, manifest)
         own = records.of(min(request.rank, manifest.world_size - 1))
-        heir = Heir(
-            request.state, survey(request.state), request.rank, request.world_size, request.terms
-        )
+        surveyed = survey(request.state)
+        heir = Heir(request.state, surveyed, request.rank, request.world_size, request.terms)
         inheritance = Inheritance(heir, manifest, own, records.read)
         self._values = inheritance.choose()
         self._surplus = inheritance.surplus
         tensors = {tensor.fqn: tensor for tensor in manifest.tensors}
-        restorer = Restorer(request.state, request.terms)
+        restorer = Restorer(request.state, request.terms, surveyed)
         self._plan = restorer.wanted(tensors, manifest.aliases, {**own.values, **self._values})
         self._fetch = Fetch(records, request.rank, request.world_size, self._plan.fills)
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
@@ -205,7 +206,10 @@ def _plain_list(name: str, items: list[object]) -> list[Optimizer]:
 
 def stream_of(live: rng.RNGState, tensors: Iterable[object]) -> int | None:
     """Return the stream of this rank's generators if it says so, or `tensors` of its state do."""
-    return live.stream if live.stream is not None else rng.stream_of_meshes(meshes_of(tensors))
+    if live.stream is not None:
+        return live.stream
+    meshes = meshes_of(tensors)
+    return rng.stream_of_meshes(meshes, dist.get_world_size()) if meshes else None
 
 
 def is_stateful(value: object) -> bool:

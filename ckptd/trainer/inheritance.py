@@ -39,8 +39,8 @@ class Inheritance:
     """Call `choose` once. `read` is asked only for records of ranks that are needed.
 
     Attributes:
-        surplus: what ranks of the old world kept for themselves and nobody takes over, as
-            ``name@rank``; the same on every rank.
+        surplus: what ranks that there are no more kept for themselves, as ``name@rank``; the same on
+            every rank. Generators that went by stream may live on under another rank.
     """
 
     def __init__(self, heir: Heir, manifest: Manifest, own: RankManifest, read: ReadRanks) -> None:
@@ -70,8 +70,6 @@ class Inheritance:
         differing = {*manifest.differing, *(name for name in kept if name in first.values)}
         values = {name: tree for name, tree in first.values.items() if name not in differing}
         names = [name for name in heir.state if name in differing and self._is_wanted(name)]
-        if is_resized:
-            self._tell_surplus(names)
         for name in names:
             self._choose_one(name, values, is_resized=is_resized)
         for name in () if is_resized else differing - heir.state.keys():
@@ -89,6 +87,7 @@ class Inheritance:
     def _choose_one(self, name: str, values: dict[str, Tree], *, is_resized: bool) -> None:
         live, own = self._heir.state[name], self._own.values.get(name)
         if isinstance(live, RNGState):
+            self._leave(name)
             if (tree := self._generators(name, live)) is not None:
                 values[name] = tree
         elif own is not None and is_mergeable(own):
@@ -99,7 +98,7 @@ class Inheritance:
                 values[name] = merged
             else:
                 self._refuse(name, "wrap it in ckptd.PerRank, which has a rule for that", values)
-        elif is_resized and isinstance(live, PerRank):
+        elif isinstance(live, PerRank) and is_resized:
             self._inherit(name, live, values)
         elif name in self._own.values:
             values[name] = own
@@ -177,6 +176,7 @@ class Inheritance:
             self._refuse(name, 'give its PerRank an on_resize: "drop", or a function', values)
 
     def _keep_own(self, name: str, values: dict[str, Tree]) -> None:
+        self._leave(name)
         if self._heir.rank < self._manifest.world_size and name in self._own.values:
             values[name] = self._own.values[name]
 
@@ -195,19 +195,10 @@ class Inheritance:
         log.warning("%s", message)
         self._keep_own(name, values)
 
-    def _tell_surplus(self, names: list[str]) -> None:
-        live = self._heir.state
-        dropped = [
-            name
-            for name in names
-            if isinstance(held := live[name], RNGState)
-            or (isinstance(held, PerRank) and not callable(held.on_resize))
-        ]
-        self.surplus = tuple(
-            f"{name}@{old}"
-            for name in dropped
-            for old in range(self._heir.world_size, self._manifest.world_size)
-        )
+    def _leave(self, name: str) -> None:
+        """Note that what ranks that there are no more kept for themselves is nobody's now."""
+        gone = range(self._heir.world_size, self._manifest.world_size)
+        self.surplus += tuple(f"{name}@{old}" for old in gone)
 
     def _all(self) -> list[RankManifest]:
         if not self._everyone:

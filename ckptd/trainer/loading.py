@@ -15,7 +15,7 @@ from ckptd.store.base import Store
 from ckptd.store.open import normalise_url, open_store
 from ckptd.trainer.fetching import Fetch, Records
 from ckptd.trainer.merging import is_mergeable, merge_values
-from ckptd.trainer.stored import Stored, is_module, is_optimizer
+from ckptd.trainer.stored import Stored, dtype_of, is_module, is_optimizer
 from ckptd.trainer.targets import Targets
 from ckptd.trainer.terms import MapLocation, Terms
 from ckptd.trainer.values import PerRank, decode_value, tensor_names
@@ -36,7 +36,7 @@ def load(  # noqa: PLR0913 - one keyword for each choice
     In one process, without the classes, the wrappers, the ranks or the devices of the job: a module is
     a dict of whole tensors by FQN, for its ``load_state_dict``; an optimizer a dict with ``state``, by
     FQN and key, and ``groups``; an object what its ``state_dict`` returned. What was another value on
-    each rank is rank 0's. Tensors go where they were if there is such a device here, else to the CPU,
+    each rank is rank 0's. A module entry with a dot in its name, ``a.b``, is found under ``a``. Tensors go where they were if there is such a device here, else to the CPU,
     or where `map_location` says; each call makes its own.
 
     Args:
@@ -69,12 +69,16 @@ def _load(store: Store, manifest: Manifest, terms: Terms) -> dict[str, Any]:
     values = _values(records)
     stored = Stored({t.fqn: t for t in manifest.tensors}, manifest.aliases, values, None)
     targets = Targets(stored, terms)
+    optimizers = [name for name, tree in values.items() if is_optimizer(tree)]
+    own = {fqn for name in optimizers for fqn in tensor_names(values[name])}
     found = {}
     for fqn in (*stored.tensors, *manifest.aliases):
         row = stored.row(fqn)
-        if row is not None and terms.wants(fqn, fqn.partition("/")[0], _entry(fqn, values)):
+        if row is not None and terms.wants(fqn, _entry(fqn, values)):
             if row.fqn not in found:
-                found[row.fqn] = targets.fresh(row)
+                is_cast = row.kind != "optimizer" and row.fqn not in own
+                is_cast = is_cast and dtype_of(row).is_floating_point
+                found[row.fqn] = targets.fresh(row, dtype=terms.dtype if is_cast else None)
             found[fqn] = found[row.fqn]
     Fetch(records, 0, 1, targets).run()
     loaded = _assemble(found, stored, terms)
@@ -100,7 +104,10 @@ def _values(records: Records) -> dict[str, Tree]:
 
 
 def _entry(fqn: str, values: Mapping[str, Tree]) -> str:
-    """Return the entry of the state that a tensor is of; entries may have dots in their names."""
+    """Return the entry of the state that a tensor is of.
+
+    A module without extra state stands in no value: its entry is taken to end at the first dot.
+    """
     known = [name for name in values if fqn == name or fqn.startswith((f"{name}.", f"{name}/"))]
     return max(known, key=len, default=fqn.partition("/")[0].partition(".")[0])
 

@@ -48,10 +48,16 @@ class Restorer:
     The state names what is wanted; what a checkpoint holds beyond it is unused.
     """
 
-    def __init__(self, state: Mapping[str, object], terms: Terms | None = None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, object],
+        terms: Terms | None = None,
+        surveyed: Survey | None = None,
+    ) -> None:
         """Take a state as for `flatten`; kept, and changed by `RestorePlan.finish` if mutable."""
         self._state = state
         self._terms = terms or Terms()
+        self._surveyed = surveyed
 
     def wanted(
         self, tensors: Mapping[str, Tensor], aliases: Mapping[str, str], values: Mapping[str, Tree]
@@ -68,7 +74,7 @@ class Restorer:
         """
         stored = Stored(tensors, aliases, values, self._terms.rename)
         plan = RestorePlan(self._state, stored, Targets(stored, self._terms))
-        plan.compare(survey(self._state))
+        plan.compare(self._surveyed or survey(self._state))
         if plan.missing and self._terms.strict:
             shown = ", ".join(plan.missing[:5])
             more = f" and {len(plan.missing) - 5} more" if len(plan.missing) > 5 else ""

@@ -34,7 +34,8 @@ def restore(  # noqa: PLR0913 - one keyword for each choice
     """Fill the live objects of `state` from a checkpoint of the root `source`; writes nothing to it.
 
     For evaluation, fine-tuning and conversion; a job that goes on training its own root calls
-    `Checkpointer.resume`, which takes the same arguments and does the same. In a job of several ranks
+    `Checkpointer.resume`, which takes the same arguments and does the same, but that it first commits a
+    step which lacks only its manifest, and returns None for an empty root. In a job of several ranks
     every rank calls it, in the same order, and all take the same checkpoint. What all of them want is
     read once and passed on over the job's process group where they are on several nodes, or as
     `share_reads` says.

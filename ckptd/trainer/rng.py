@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Iterable
@@ -33,17 +34,23 @@ class RNGState:
     def __init__(self, stream: Any = None) -> None:
         """Take the number of this rank's stream, or the mesh of data parallelism that it is on.
 
-        Without one it is the index among all dimensions that are not called ``tp`` of a mesh with
-        named dimensions that a DTensor of the state lies on, else the rank.
+        Without one it is the place among all dimensions but ``tp`` of the mesh with a dimension of that
+        name that a DTensor of the state lies on, if all ranks are on it; else the rank.
         """
         is_plain = stream is None or type(stream) is int
         self.stream: int | None = stream if is_plain else int(stream.get_local_rank())
 
 
-def stream_of_meshes(meshes: Iterable[Any]) -> int | None:
-    """Return this rank's place among the data-parallel ones of the largest mesh with a ``tp``."""
-    named = [m for m in meshes if m.mesh_dim_names and "tp" in m.mesh_dim_names]
-    mesh = max(named, key=lambda m: m.ndim, default=None)
+def stream_of_meshes(meshes: Iterable[Any], world_size: int) -> int | None:
+    """Return this rank's place among the data-parallel ones of the mesh of all ranks with a ``tp``."""
+    mesh = next(
+        (
+            mesh
+            for mesh in meshes
+            if "tp" in (mesh.mesh_dim_names or ()) and math.prod(mesh.shape) == world_size
+        ),
+        None,
+    )
     place = mesh.get_coordinate() if mesh is not None else None
     if mesh is None or place is None:
         return None
@@ -103,29 +110,29 @@ def restore(tree: Tree) -> None:
         ) from error
 
 
-def derive(base: Tree, rank: int) -> Tree:
-    """Return a state for a rank that was not there when `base`, rank 0's state, was saved.
+def derive(base: Tree, stream: int) -> Tree:
+    """Return a state for a stream that was not there when `base`, the lowest rank's state, was saved.
 
-    Every generator is seeded anew with 64 bits of xxh3-128 over (`base` as canonical JSON, the rank,
-    the generator's name). So new ranks differ from each other and from all old ones, a second
+    Every generator is seeded anew with 64 bits of xxh3-128 over (`base` as canonical JSON, the stream,
+    the generator's name). So new streams differ from each other and from all old ones, a second
     resume of the same checkpoint gives the same streams, and resuming a later one gives others.
 
     Raises:
         CorruptError: `base` is not a state of generators.
     """
     try:
-        return _derive(base, rank)
+        return _derive(base, stream)
     except tags.BAD_BODY as error:
         raise CorruptError(
             f"the stored state of the random generators does not fit: {error}"
         ) from error
 
 
-def _derive(base: Tree, rank: int) -> Tree:
+def _derive(base: Tree, stream: int) -> Tree:
     digest = xxhash.xxh3_128_digest(msgspec.json.encode(base, order="sorted"))
 
     def seed(name: str) -> int:
-        return xxhash.xxh3_64_intdigest(digest + msgspec.json.encode([rank, name]))
+        return xxhash.xxh3_64_intdigest(digest + msgspec.json.encode([stream, name]))
 
     held = decode_value(base, tensors={}).value  # type: ignore[attr-defined]
     if not {"python", "torch"} <= held.keys() or len(held["python"]) != 3:

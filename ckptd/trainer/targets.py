@@ -107,15 +107,15 @@ class Targets:
             whole = Box.full(tuple(tensor.shape))
             self.rows.append(Target(row.fqn, whole, tensor, dtype_of(row)))
 
-    def fresh(self, row: Tensor, *, like: torch.Tensor | None = None) -> torch.Tensor:
-        """Make a tensor for `row`, in its dtype, and want it filled.
+    def fresh(
+        self, row: Tensor, *, like: torch.Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Make a tensor for `row`, in its dtype unless another is given, and want it filled.
 
         It lies on the device of `like` and in its memory format if the shapes agree, else where
-        `map_location` puts it; then a floating one that is no optimizer's is of the dtype of the terms.
+        `map_location` puts it.
         """
-        dtype = dtype_of(row)
-        if like is None and self.terms.dtype is not None and row.kind != "optimizer":
-            dtype = self.terms.dtype if dtype.is_floating_point else dtype
+        dtype = dtype or dtype_of(row)
         if like is not None and tuple(like.shape) == row.shape:
             tensor = torch.empty_like(like, dtype=dtype, requires_grad=False)
         else:

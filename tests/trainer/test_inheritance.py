@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -145,6 +146,7 @@ class Mesh:
         (("dp", "tp"), (2, 4), [1, 3], 1),
         (("replicate", "shard", "tp"), (2, 3, 2), [1, 2, 1], 5),
         (("tp",), (4,), [3], 0),
+        (("tp",), (2,), [1], None),
         (("dp",), (4,), [3], None),
         (None, (4,), [3], None),
     ],
@@ -152,7 +154,8 @@ class Mesh:
 def test_a_stream_is_the_place_among_what_is_not_tensor_parallel(
     names: Any, shape: Any, at: Any, stream: int | None
 ) -> None:
-    assert stream_of_meshes([Mesh(names, shape, at)]) == stream
+    world_size = max(4, math.prod(shape))
+    assert stream_of_meshes([Mesh(names, shape, at)], world_size) == stream
 
 
 def test_a_stream_may_be_given_as_a_mesh() -> None:

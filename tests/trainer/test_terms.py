@@ -187,3 +187,30 @@ def test_what_is_missing_on_the_meta_device_is_told_and_stays_there() -> None:
     _, plan = restore(saved, {"model": model}, strict=False)
     assert plan.missing == ["model.b.weight", "model.b.bias"]
     assert not model["a"].weight.is_meta
+
+
+def test_dtype_leaves_tensors_of_options_and_objects_alone() -> None:
+    """A learning rate that is a tensor, and what a loader keeps, are no weights."""
+
+    class Loader:
+        def __init__(self) -> None:
+            self.state: Any = {"weights": torch.zeros(9000)}
+
+        def state_dict(self) -> Any:
+            return self.state
+
+        def load_state_dict(self, state: Any) -> None:
+            self.state = state
+
+    def make(dtype: torch.dtype, rate: float) -> dict[str, Any]:
+        model = nn.Linear(2, 2).to(dtype)
+        optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(rate))
+        return {"model": model, "optimizer": optimizer, "loader": Loader()}
+
+    saved = make(torch.float32, 1e-3)
+    saved["loader"].state = {"weights": torch.full((9000,), 1e-3)}
+    back = make(torch.bfloat16, 1.0)
+    restore(save(saved), back, dtype=torch.bfloat16)
+    assert back["model"].weight.dtype is torch.bfloat16
+    assert torch.equal(back["optimizer"].param_groups[0]["lr"], torch.tensor(1e-3))
+    assert torch.equal(back["loader"].state["weights"], saved["loader"].state["weights"])
