@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from ckptd.errors import LayoutError
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, Tree
 from ckptd.pipeline.catalog import read_manifest
@@ -15,6 +17,8 @@ from ckptd.trainer.inheritance import Heir, Inheritance
 from ckptd.trainer.passing import Passing, digest_of, may_pass
 from ckptd.trainer.rebuild import RestorePlan, Restorer
 from ckptd.trainer.terms import Terms
+
+log = logging.getLogger("ckptd.trainer")
 
 
 class Resumed(NamedTuple):
@@ -83,6 +87,11 @@ class Filling:
         tensors = {tensor.fqn: tensor for tensor in manifest.tensors}
         restorer = Restorer(request.state, request.terms, surveyed)
         self._plan = restorer.wanted(tensors, manifest.aliases, {**own.values, **self._values})
+        if request.terms.select is not None and self._plan.is_nothing_wanted:
+            message = f"select={request.terms.select!r} fits no name in the state"
+            if request.world_size == 1:
+                raise LayoutError(message)
+            log.warning("%s of rank %d", message, request.rank)
         self._fetch = Fetch(records, request.rank, request.world_size, self._plan.fills)
 
     @property

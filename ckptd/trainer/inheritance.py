@@ -6,12 +6,15 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 from ckptd.errors import LayoutError
 from ckptd.model.manifest import Manifest, RankManifest, Tree
 from ckptd.trainer import rng
 from ckptd.trainer.flatten import Survey, stream_of
+from ckptd.trainer.fsdp1 import FlatPiece
 from ckptd.trainer.merging import fqns_of, is_mergeable, merge_values
-from ckptd.trainer.optimizers import named_groups
+from ckptd.trainer.optimizers import is_elsewhere, named_groups
 from ckptd.trainer.rng import RNGState
 from ckptd.trainer.stored import is_module, is_optimizer
 from ckptd.trainer.terms import Terms
@@ -92,11 +95,11 @@ class Inheritance:
                 values[name] = tree
         elif own is not None and is_mergeable(own):
             values[name] = own if self._suffices(name, own, is_resized) else self._merged(name)
-        elif is_resized and not isinstance(live, PerRank):
+        elif not isinstance(live, PerRank) and (is_resized or own is None):
             merged = self._merged(name)
             if merged is not None:
                 values[name] = merged
-            else:
+            elif is_resized:
                 self._refuse(name, "wrap it in ckptd.PerRank, which has a rule for that", values)
         elif isinstance(live, PerRank) and is_resized:
             self._inherit(name, live, values)
@@ -129,7 +132,14 @@ class Inheritance:
             return True
         heir = self._heir
         if is_module(own):
-            return not is_resized
+            extra = {
+                fqn
+                for held in heir.surveyed.modules.get(name, [])
+                for fqn, value in zip(held.fqns, held.values, strict=True)
+                if not isinstance(value, (torch.Tensor, FlatPiece))
+            }
+            is_there = heir.terms.rename is None and extra <= own["extra_state"].keys()
+            return is_there and not is_resized
         if heir.terms.rename is not None or not is_optimizer(own):
             return False
         names = heir.surveyed.names
@@ -138,11 +148,17 @@ class Inheritance:
             for part in heir.surveyed.parts
             if part.name == name
             for optimizer in part.live
-            for _, fqns in named_groups(name, optimizer, names)
-            for fqn in fqns
+            for group, fqns in named_groups(name, optimizer, names)
+            for fqn, parameter in zip(fqns, group["params"], strict=True)
+            if not is_elsewhere(names.piece(parameter))
         }
-        idle = {fqn for group in own["groups"] for fqn in group.get("idle", [])}
-        return live <= fqns_of(own) - idle
+        unsure = {
+            fqn
+            for group in own["groups"]
+            for key in ("idle", "elsewhere")
+            for fqn in group.get(key, [])
+        }
+        return live <= fqns_of(own) - unsure
 
     def _merged(self, name: str) -> Tree | None:
         trees = [record.values[name] for record in self._all() if name in record.values]

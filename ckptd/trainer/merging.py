@@ -45,13 +45,9 @@ def merge_values(name: str, trees: Sequence[Tree]) -> Tree:
 
 
 def _merge_groups(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    # A rank that holds nothing of a parameter has no state of it either: others may have some.
-    busy = {
-        fqn
-        for groups in lists
-        for group in groups
-        for fqn in set(group["params"]) - set(group.get("idle", []))
-    }
+    # A rank that holds nothing of a parameter says nothing of its state.
+    quiet = _named(lists, "idle")
+    busy = _named(lists, "params", but=("idle", "elsewhere"))
     known: set[str] = set()
     found = []
     for groups in lists:
@@ -60,11 +56,19 @@ def _merge_groups(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]
             if not params:
                 continue
             known.update(params)
-            kept = {key: value for key, value in group.items() if key != "idle"} | {
-                "params": params
-            }
-            idle = [fqn for fqn in group.get("idle", []) if fqn in params and fqn not in busy]
+            kept = {k: v for k, v in group.items() if k not in ("idle", "elsewhere")}
+            kept["params"] = params
+            idle = [fqn for fqn in params if fqn in quiet - busy]
             found.append(kept | {"idle": idle} if idle else kept)
+    return found
+
+
+def _named(lists: Sequence[list[dict[str, Any]]], key: str, *, but: Sequence[str] = ()) -> set[str]:
+    found: set[str] = set()
+    for groups in lists:
+        for group in groups:
+            without = {fqn for other in but for fqn in group.get(other, [])}
+            found |= set(group.get(key, [])) - without
     return found
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import Parameter
 
 from ckptd.errors import UnsupportedValueError
-from ckptd.trainer.fsdp1 import FlatPiece, flat_parameters, inside, is_flat, reshard, wrappers_in
+from ckptd.trainer.fsdp1 import FlatPiece, flat_parameters, inside, is_flat, wrappers_in
 from ckptd.trainer.wrappers import clean_modules, clean_name, clean_paths, unwrap
 
 
@@ -39,8 +39,7 @@ class ModuleState(NamedTuple):
 def module_state(module: nn.Module, prefix: str) -> ModuleState:
     """Return what `module` saves, names starting with `prefix`. No tensor is copied or detached.
 
-    Parameters that FSDP has gathered, for an evaluation say, are let go of: what is written to them
-    would be lost. FSDP2 does so by a hook of ``state_dict``.
+    Parameters that FSDP2 has gathered, for an evaluation say, are let go of, by a hook of ``state_dict``.
 
     Raises:
         UnsupportedValueError: FSDP1 keeps something of it in a form that has no stored one.
@@ -59,7 +58,6 @@ def module_state(module: nn.Module, prefix: str) -> ModuleState:
 
 def _flat_state(root: nn.Module, prefix: str) -> ModuleState:
     """Return the same where FSDP1 is in `root`, whose ``state_dict`` would gather or refuse."""
-    reshard(root)
     inner = {
         (id(found.module), found.name): found
         for flat in flat_parameters(root)

@@ -138,13 +138,13 @@ class Moments:
         for fqn, owner, parameter in zip(fqns, owners, group["params"], strict=True):
             if not targets.terms.wants(f"{self.name}/{fqn}", self.name):
                 continue
+            piece = self._names.piece(parameter)
+            if is_elsewhere(piece):
+                continue
             is_known = owner is not None and (saved.has_state(owner) or owner in saved.idle)
             if owner is None or (not is_known and has_state):
                 if parameter.requires_grad and has_state:
                     targets.missing.append(f"{self.name}/{fqn}")
-                continue
-            piece = self._names.piece(parameter)
-            if is_elsewhere(piece):
                 continue
             place = _Place(optimizer, group, parameter, piece)
             rows = {

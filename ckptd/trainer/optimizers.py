@@ -115,7 +115,8 @@ def collect(
     """Put all state tensors of one entry into `sink` and return what is not a tensor.
 
     The tree has ``groups`` (the FQNs and options of each, the ``class`` of its optimizer, and which of
-    the FQNs are ``idle``: have no state, so that a restore can tell it from state that was lost),
+    the FQNs are ``idle``: have no state, so that a restore can tell it from state that was lost, or
+    ``elsewhere``: other ranks have all of them),
     ``state_values`` by FQN and key,
     and ``shared``: what an optimizer keeps under a name instead of a parameter. The last two and
     ``idle`` only where there is such a thing, ``state_values`` always.
@@ -140,11 +141,11 @@ def collect(
             tree["groups"].append(
                 {"params": params, "options": options, "class": class_name(optimizer)}
             )
-            idle = [
-                f
-                for f, p in zip(params, group["params"], strict=True)
-                if not held.get(p) and not is_elsewhere(names.piece(p))
-            ]
+            pairs = list(zip(params, group["params"], strict=True))
+            elsewhere = [f for f, p in pairs if is_elsewhere(names.piece(p))]
+            if elsewhere:
+                tree["groups"][-1]["elsewhere"] = elsewhere
+            idle = [f for f, p in pairs if not held.get(p) and not is_elsewhere(names.piece(p))]
             if idle and held:
                 tree["groups"][-1]["idle"] = idle
         for owner, state in held.items():
@@ -196,6 +197,13 @@ def _collect_one(
         if "/" in key:
             raise UnsupportedValueError(f"{base}{key}: a key with a slash", fqn=base + key)
         if isinstance(value, (torch.Tensor, FlatPiece)):
+            if is_sharded(owner) and not is_sharded(value) and len(value.shape):
+                raise UnsupportedValueError(
+                    f"{base}{key}: state of shape {tuple(value.shape)} of a sharded parameter that is"
+                    " neither a DTensor nor an element for each of the parameter's here: nothing tells"
+                    " what it is on other ranks",
+                    fqn=base + key,
+                )
             sink.put(base + key, value, owner)
         else:
             odd[key] = encode(base + key, value)

@@ -22,7 +22,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ckptd.errors import (
     CorruptError,
-    LayoutError,
     MissingTensorError,
     TornRestoreError,
     UnsupportedValueError,
@@ -32,6 +31,7 @@ from ckptd.model.manifest import Tree
 from ckptd.model.tensor import Tensor
 from ckptd.trainer import rng
 from ckptd.trainer.flatten import Part, Survey, is_stateful, survey
+from ckptd.trainer.fsdp1 import reshard
 from ckptd.trainer.loads import ModuleLoad, check_meta_parameters
 from ckptd.trainer.modules import ModuleState
 from ckptd.trainer.moments import Moments
@@ -144,6 +144,9 @@ class RestorePlan:
     def compare(self, surveyed: Survey) -> None:
         """Find a source for all that the state wants. Writes nothing; called by `Restorer` once."""
         self._parts = surveyed.parts
+        for states in surveyed.modules.values():
+            for held in states:
+                reshard(held.module)
         wants = self._targets.terms.wants
         _check_meta(surveyed)
         named: list[tuple[str, torch.Tensor]] = []
@@ -170,9 +173,11 @@ class RestorePlan:
                     self._moments[part.name] = moments
                     self._tensors[part.name] = tensors
         self._decode()
-        terms = self._targets.terms
-        if terms.select is not None and not (self.targets or self.missing or self._decoded):
-            raise LayoutError(f"select={terms.select!r} fits no name in the state")
+
+    @property
+    def is_nothing_wanted(self) -> bool:
+        """Whether the terms select nothing of this state; another rank's may have some of it."""
+        return not (self._targets.used or self.missing or self._decoded)
 
     def _compare_module(self, held: ModuleState) -> Iterator[tuple[str, Any]]:
         extra = self._stored.extra_states(self._values)

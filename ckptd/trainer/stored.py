@@ -104,7 +104,7 @@ def _is_group_form(group: Tree) -> bool:
     return (
         _is_object(group)
         and _is_object(group.get("options"))
-        and all(_is_names(group.get(key, [])) for key in ("params", "idle"))
+        and all(_is_names(group.get(key, [])) for key in ("params", "idle", "elsewhere"))
         and "params" in group
         and type(group.get("class", "")) is str
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import ckptd
 from ckptd.errors import ConfigError, LayoutError, MissingTensorError, ShapeMismatchError
 from ckptd.trainer.terms import Terms
 from tests.fakes.trainer_bytes import restore, save
@@ -76,10 +77,11 @@ def test_select_takes_the_state_of_the_parameters_it_names() -> None:
     assert held == {id(back[0].weight), id(back[0].bias)}
 
 
-def test_a_pattern_that_fits_nothing_is_refused() -> None:
-    saved = save({"model": net(1)})
+def test_a_pattern_that_fits_nothing_is_refused(tmp_path) -> None:
+    with ckptd.Checkpointer(tmp_path / "root", daemon=False) as ckpt:
+        ckpt.save(1, {"model": net(1)}, wait=True)
     with pytest.raises(LayoutError, match="fits no name"):
-        restore(saved, {"model": net(0)}, select="modell.*")
+        ckptd.restore(tmp_path / "root", {"model": net(0)}, select="modell.*")
 
 
 @pytest.mark.parametrize("wrong", [[""], [3], ""])
