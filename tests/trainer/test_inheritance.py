@@ -13,9 +13,11 @@ import ckptd
 from ckptd.errors import ConfigError, LayoutError
 from ckptd.model.keys import StepId
 from ckptd.trainer import rng
+from ckptd.trainer.flatten import flatten
 from ckptd.trainer.merging import merge_values
 from ckptd.trainer.rng import RNGState, stream_of, stream_of_meshes
 from ckptd.trainer.values import PerRank
+from tests.fakes.checkpoints import write_checkpoint
 from tests.trainer import test_resuming_ranks as resuming
 from tests.trainer.test_resuming_ranks import Job, all_resumed, one
 
@@ -211,3 +213,35 @@ def test_pain_24_moments_of_pipeline_stages_come_back_on_one_rank(tmp_path) -> N
             live = optimizer.state[model.get_parameter(name)]
             for key, value in saved.state[parameter].items():
                 assert torch.equal(live[key], value), (name, key)
+
+
+class Scaled(nn.Linear):
+    """A layer with extra state."""
+
+    scale = 1.0
+
+    def get_extra_state(self) -> Any:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.scale = state["scale"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_extra_state_of_stages_is_put_together_on_any_number_of_ranks(
+    job: Job, world_size: int
+) -> None:
+    stages = [nn.ModuleDict({name: Scaled(2, 2)}) for name in ("a", "b")]
+    for scale, stage in enumerate(stages, start=5):
+        next(iter(stage.values())).scale = float(scale)
+    whole = nn.ModuleDict({**stages[0], **stages[1]})
+    tensors = {f"model.{name}": p.detach().numpy() for name, p in whole.named_parameters()}
+    values = [flatten({"model": stage}).values for stage in stages]
+    write_checkpoint(job.store, NEW, tensors, world_size=2, values=values)
+    states = [
+        {"model": nn.ModuleDict({"a": Scaled(2, 2), "b": Scaled(2, 2)})} for _ in range(world_size)
+    ]
+    all_resumed(job.resume(states))
+    for state in states:
+        assert [layer.scale for layer in state["model"].values()] == [5.0, 6.0]
+        assert torch.equal(state["model"]["b"].weight, whole["b"].weight)
