@@ -12,6 +12,7 @@ from ckptd.model.tensor import REPLICATED_KINDS
 from ckptd.trainer.flatten import Leaf
 from ckptd.trainer.guard import Copied, Guard
 from ckptd.trainer.pinning import side_stream
+from ckptd.trainer.wrappers import is_lazy
 
 # Above this a copy of its own is as fast, and the memory of a replaced tensor is worth giving back.
 JOIN_BYTES = 256 << 10
@@ -116,7 +117,7 @@ class Copies:
         source = live if cut is None else tensor[cut]
         if cut is not None:
             self._cuts.append((live, tensor.data_ptr(), tensor.stride()))
-        is_late = self.defers and leaf.kind in REPLICATED_KINDS and not _is_lazy(tensor)
+        is_late = self.defers and leaf.kind in REPLICATED_KINDS and not is_lazy(tensor)
         copies = self._late if is_late and part.place.nbytes > DEFER_BYTES else self._now
         copies.append(Copied(leaf.fqn, source, part.place))
 
@@ -243,9 +244,5 @@ def _is_plain(tensor: torch.Tensor, join_bytes: int) -> bool:
         tensor.nbytes <= join_bytes
         and tensor.device.type == "cpu"
         and tensor.is_contiguous()
-        and not _is_lazy(tensor)
+        and not is_lazy(tensor)
     )
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return tensor.is_conj() or tensor.is_neg()

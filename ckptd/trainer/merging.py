@@ -46,8 +46,8 @@ def merge_values(name: str, trees: Sequence[Tree]) -> Tree:
 
 def _merge_groups(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     # A rank that holds nothing of a parameter says nothing of its state.
-    quiet = _named(lists, "idle")
     busy = _named(lists, "params", but=("idle", "elsewhere"))
+    quiet = _named(lists, "idle") - busy
     known: set[str] = set()
     found = []
     for groups in lists:
@@ -58,7 +58,7 @@ def _merge_groups(lists: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]
             known.update(params)
             kept = {k: v for k, v in group.items() if k not in ("idle", "elsewhere")}
             kept["params"] = params
-            idle = [fqn for fqn in params if fqn in quiet - busy]
+            idle = [fqn for fqn in params if fqn in quiet]
             found.append(kept | {"idle": idle} if idle else kept)
     return found
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import xxhash
 
 from ckptd.trainer.targets import Target
+from ckptd.trainer.wrappers import is_lazy
 
 # Smaller tensors go together: a broadcast costs about as long as this many bytes take.
 JOIN_BYTES = 256 << 10
@@ -81,7 +82,7 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
 
 def _broadcast(bucket: list[torch.Tensor], owner: int) -> None:
     """Send tensors from `owner` to all, as bytes, since not every group knows every dtype."""
-    is_direct = len(bucket) == 1 and bucket[0].is_contiguous() and not _is_lazy(bucket[0])
+    is_direct = len(bucket) == 1 and bucket[0].is_contiguous() and not is_lazy(bucket[0])
     if is_direct:
         dist.broadcast(bucket[0].detach().view(-1).view(torch.uint8), owner)
         return
@@ -92,7 +93,3 @@ def _broadcast(bucket: list[torch.Tensor], owner: int) -> None:
             bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True
         ):
             tensor.copy_(part.view(tensor.shape))
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return tensor.is_conj() or tensor.is_neg()

@@ -19,7 +19,7 @@ from ckptd.trainer.shards import empty_like_meta, is_dtensor, is_sharded, shards
 from ckptd.trainer.stored import Stored, check_row, dtype_of, place
 from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import tensor_names
-from ckptd.trainer.wrappers import DTYPES, check_tensor
+from ckptd.trainer.wrappers import DTYPES, check_tensor, is_lazy
 
 Put = Callable[[int, npt.NDArray[np.uint8]], None]
 """Takes raw bytes from a place on; see `put_of`."""
@@ -235,7 +235,7 @@ def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
     for disjoint bytes; begins and ends with whole elements.
     """
     start = _linear_start(box, tuple(tensor.shape))
-    if start is None or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+    if start is None or not tensor.is_contiguous() or is_lazy(tensor):
         return None
     flat = tensor.detach().view(-1).view(torch.uint8)
     start *= tensor.itemsize

@@ -119,6 +119,11 @@ def clean_name(key: str, paths: dict[str, str]) -> str:
     return key
 
 
+def is_lazy(tensor: torch.Tensor) -> bool:
+    """Tell whether the bytes in memory are not yet those of the elements."""
+    return tensor.is_conj() or tensor.is_neg()
+
+
 def check_tensor(fqn: str, tensor: torch.Tensor) -> None:
     """Check that a tensor is plain memory on a device, of a dtype that has a stored form.
 
