@@ -94,7 +94,8 @@ class Inheritance:
             if (tree := self._generators(name, live)) is not None:
                 values[name] = tree
         elif own is not None and is_mergeable(own):
-            values[name] = own if self._suffices(name, own, is_resized) else self._merged(name)
+            merged = None if self._suffices(name, own, is_resized) else self._merged(name)
+            values[name] = own if merged is None else merged
         elif not isinstance(live, PerRank) and (is_resized or own is None):
             merged = self._merged(name)
             if merged is not None:

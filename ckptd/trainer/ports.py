@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol, cast
 
 from ckptd.engine import events as ev
@@ -242,16 +243,7 @@ def _run_daemon(path: str, log_fd: int, env: Mapping[str, str]) -> None:
     log.info("starting a daemon on %s", path)
     deadline = time.monotonic() + START_TIMEOUT_S
     try:
-        # Not by `subprocess`: it waits for the end of a pipe that a data loader's worker, forked
-        # meanwhile on another thread, holds for as long as it lives (seen).
-        pid = os.posix_spawn(
-            sys.executable, [sys.executable, "-c", _DAEMON, path], dict(env),
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_DUP2, log_fd, 1),
-                (os.POSIX_SPAWN_DUP2, log_fd, 2),
-            ],
-        )  # fmt: skip
+        pid = _spawn(path, log_fd, env)
     except OSError as error:
         raise DaemonUnavailableError(f"no daemon could be started: {error}") from error
     code = _wait(pid, deadline)
@@ -261,6 +253,23 @@ def _run_daemon(path: str, log_fd: int, env: Mapping[str, str]) -> None:
         )
     if code != 0:
         raise DaemonUnavailableError(f"the daemon ended with code {code}; its log is {path}.log")
+
+
+def _spawn(path: str, log_fd: int, env: Mapping[str, str]) -> int:
+    # Not by `subprocess`: it waits for the end of a pipe that a data loader's worker, forked
+    # meanwhile on another thread, holds for as long as it lives (seen).
+    spawn = partial(
+        os.posix_spawn, sys.executable, [sys.executable, "-c", _DAEMON, path], dict(env),
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, log_fd, 1),
+            (os.POSIX_SPAWN_DUP2, log_fd, 2),
+        ],
+    )  # fmt: skip
+    try:
+        return spawn(setsid=True)  # at once: a signal to the job's group is not for the daemon
+    except NotImplementedError:  # then it does so itself, a moment later
+        return spawn()
 
 
 def _wait(pid: int, deadline: float) -> int | None:
