@@ -92,8 +92,20 @@ class ObjectExistsError(StoreError):
     """`key` exists already and `put_new` did not touch it."""
 
 
-class StoreAccessDeniedError(StoreError):
+class StoreRefusedError(StoreError):
+    """The store does not take the request as it is: a setting, not the object, is wrong."""
+
+
+class BucketNotFoundError(StoreRefusedError):
+    """There is no such bucket, or not at this endpoint and in this region."""
+
+
+class StoreAccessDeniedError(StoreRefusedError):
     """The store refused: permissions, credentials, a read-only file system."""
+
+
+class CredentialsError(StoreAccessDeniedError):
+    """The store does not know who asks: credentials are missing, wrong or no longer valid."""
 
 
 class StoreFullError(StoreError):

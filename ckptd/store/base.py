@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from ckptd.errors import StoreError
@@ -18,6 +19,20 @@ class Entry(NamedTuple):
     modified_s: float
 
 
+class Traits(NamedTuple):
+    """How a store is best used.
+
+    `requests` calls are worth having under way at once, `window_bytes` worth reading in one call,
+    and `budget_bytes` worth holding while they are being stored. A patient store tries again by
+    itself what may pass: nobody else should.
+    """
+
+    requests: int
+    window_bytes: int
+    budget_bytes: int
+    is_patient: bool
+
+
 class Store(Protocol):
     """Objects under keys (`ckptd.model.keys`), below one root.
 
@@ -28,9 +43,18 @@ class Store(Protocol):
 
     Attributes:
         url: what a person would type to reach this root.
+        traits: how it is best used.
+        has_conditional_put: whether of racing `put_new` exactly one wins, whoever calls. False may
+            be known only after a `put_new`; then only rank 0's daemon may end steps.
     """
 
     url: str
+    traits: Traits
+    has_conditional_put: bool
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """Whether the store is known to keep what is deleted or replaced (a versioned bucket)."""
 
     def put(self, key: str, data: Buffer) -> None:
         """Create or replace an object, atomically, durable on return.
@@ -96,8 +120,14 @@ class Store(Protocol):
     def now_s(self) -> float:
         """Return the store's own clock, in seconds since 1970; ages are counted from it."""
 
+    def batch(self) -> AbstractContextManager[Store]:
+        """Give a store of the same root with deferred objects of its own, for one thread's block.
+
+        A `sync` that fails takes away what this batch deferred, and nothing of anybody else.
+        """
+
     def close(self) -> None:
-        """Release connections and descriptors. May be repeated."""
+        """Release connections, threads and descriptors. May be repeated."""
 
 
 def check_range(key: str, offset: int, length: int, size: int) -> None:

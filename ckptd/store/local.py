@@ -25,11 +25,12 @@ from ckptd.errors import (
 )
 from ckptd.model import keys
 from ckptd.store import direct
-from ckptd.store.base import Buffer, Entry, check_range
+from ckptd.store.base import Buffer, Entry, Traits, check_range
 from ckptd.store.errnos import border
 from ckptd.store.folders import Folders
 from ckptd.store.temps import TMP, Temp, Temps
 from ckptd.store.walk import check_prefix, walk
+from ckptd.units import MIB
 
 # O_NONBLOCK: somebody's FIFO under a key must not hang a reader.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -44,6 +45,10 @@ class LocalStore:
     `clock` stands in for the file system's clock where that cannot be asked.
     """
 
+    traits = Traits(requests=4, window_bytes=2 * MIB, budget_bytes=4 * (33 << 20), is_patient=False)
+    has_conditional_put = True
+    keeps_deleted = False
+
     def __init__(
         self,
         path: str,
@@ -55,6 +60,7 @@ class LocalStore:
         self.url = path
         self._clock = clock
         self._is_direct = is_direct and direct.HAS_DIRECT
+        self._is_unnamed = is_unnamed
         self._folders = Folders(path)
         self._temps = Temps(self._folders, is_unnamed=is_unnamed)
         self._created: set[str] = set()
@@ -152,6 +158,17 @@ class LocalStore:
                 return os.fstat(temp.fd).st_mtime
         except StoreAccessDeniedError:
             return self._clock()
+
+    @contextmanager
+    def batch(self) -> Iterator[LocalStore]:
+        """See `Store.batch`."""
+        store = LocalStore(
+            self.url, is_direct=self._is_direct, is_unnamed=self._is_unnamed, clock=self._clock
+        )
+        try:
+            yield store
+        finally:
+            store.close()
 
     def close(self) -> None:
         """See `Store.close`. No other thread may be inside of a method."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from ckptd.errors import ObjectExistsError, ObjectNotFoundError, StoreError
 from ckptd.model import keys
-from ckptd.store.base import Buffer, Entry, check_range
+from ckptd.store.base import Buffer, Entry, Traits, check_range
 from ckptd.store.walk import check_prefix
+from ckptd.units import MIB
 
 _shared: dict[str, MemoryStore] = {}
 _shared_lock = threading.Lock()  # guards _shared
@@ -17,6 +19,10 @@ _shared_lock = threading.Lock()  # guards _shared
 
 class MemoryStore:
     """Objects in a dict. `clock` gives the time of the store, in seconds since 1970."""
+
+    traits = Traits(requests=4, window_bytes=2 * MIB, budget_bytes=4 * (33 << 20), is_patient=False)
+    has_conditional_put = True
+    keeps_deleted = False
 
     def __init__(
         self, url: str = "memory://private", *, clock: Callable[[], float] = time.time
@@ -80,6 +86,11 @@ class MemoryStore:
     def now_s(self) -> float:
         """See `Store.now_s`."""
         return self._clock()
+
+    @contextmanager
+    def batch(self) -> Iterator[MemoryStore]:
+        """See `Store.batch`."""
+        yield self
 
     def close(self) -> None:
         """See `Store.close`. A shared store keeps its objects."""

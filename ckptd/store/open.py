@@ -4,33 +4,63 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from urllib.parse import unquote
 
 from ckptd.errors import ConfigError
 from ckptd.store.base import Store
+from ckptd.store.client import ObjectClient, split_options
 from ckptd.store.local import LocalStore
 from ckptd.store.memory import MemoryStore
+from ckptd.store.remote import RemoteStore
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(?=/)", re.ASCII)
 _MEMORY = re.compile(r"memory://[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
+# https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html, and what clones take
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", re.ASCII)
+_SEGMENT = re.compile(r"[^/\x00-\x1f\x7f?#*\\]+")
+_S3 = frozenset({"s3", "s3a", "s3n"})
+_NOT_ROOTS = frozenset({"http", "https", "ftp", "zip", "tar", "data", "git", "github", "local",
+                        "filecache", "simplecache", "blockcache", "cached", "reference", "dir"})  # fmt: skip
 
 
-def open_store(url: str, storage_options: dict[str, object] | None = None) -> Store:
-    """Return the store behind a path, ``file://`` or ``memory://`` URL; nothing is touched yet.
+def open_store(url: str, storage_options: Mapping[str, object] | None = None) -> Store:
+    """Return the store behind a path or URL; nothing is touched or sent yet.
 
     Args:
         url: in any form that `normalise_url` takes.
-        storage_options: settings of an object store; none fit the stores of this version.
+        storage_options: for S3 the options of `s3fs.S3FileSystem`, for other services those of the
+            file system that fsspec has for them; and the names of `ckptd.store.client.Limits`.
 
     Raises:
-        ConfigError: the URL is of another kind, or there are options.
+        ConfigError: the URL or an option cannot be used, or a package for it is missing.
     """
     url = normalise_url(url)
-    if storage_options:
+    options = storage_options or {}
+    scheme = _SCHEME.match(url)
+    if scheme is not None and scheme[1] != "memory":
+        return _open_remote(url, scheme[1], options)
+    if options:
         raise ConfigError(
-            f"storage_options {sorted(storage_options)} mean nothing for {url}; leave them out"
+            f"storage_options {sorted(options)} mean nothing for {url}; leave them out"
         )
-    return MemoryStore.shared(url) if url.startswith("memory://") else LocalStore(url)
+    return LocalStore(url) if scheme is None else MemoryStore.shared(url)
+
+
+def _open_remote(url: str, scheme: str, options: Mapping[str, object]) -> Store:
+    limits, rest = split_options(options)
+    path = url.partition("://")[2]
+    client: ObjectClient
+    if scheme == "s3":
+        from ckptd.store.s3 import S3Client  # noqa: PLC0415 - half a second to import
+
+        bucket, _, prefix = path.partition("/")
+        client = S3Client(bucket, prefix + "/" if prefix else "", rest, limits)
+        return RemoteStore(url, client, limits)
+    from ckptd.store.anyfs import CONDITIONAL, FsspecClient  # noqa: PLC0415 - as above
+
+    client = FsspecClient(scheme, path, rest, limits)
+    return RemoteStore(url, client, limits, has_conditional_put=scheme in CONDITIONAL)
 
 
 def normalise_url(url: str) -> str:
@@ -55,10 +85,23 @@ def normalise_url(url: str) -> str:
         if path.startswith("//"):
             raise ConfigError(f"{url!r} names a folder of another machine; write file:///path")
         return _normalise_path(unquote(path))
-    raise ConfigError(
-        f"{name}:// is not supported by this version yet, as no object store is; "
-        "give a path, file:///path or memory://name"
+    return _normalise_remote(url, name)
+
+
+def _normalise_remote(url: str, scheme: str) -> str:
+    if scheme in _NOT_ROOTS:
+        raise ConfigError(f"{scheme}:// cannot hold checkpoints; give a path or a bucket")
+    scheme = "s3" if scheme in _S3 else scheme
+    rest = re.sub(r"^[^:]*:/", "", url)
+    parts = rest.strip("/").split("/")
+    is_fine = rest.startswith("/") and all(
+        _SEGMENT.fullmatch(part) and part not in {".", ".."} for part in parts
     )
+    if scheme == "s3" and not _BUCKET.fullmatch(parts[0]):
+        is_fine = False
+    if not is_fine or rest.startswith("//"):
+        raise ConfigError(f"cannot read {url!r}; write {scheme}://bucket/path, without '?' and '#'")
+    return f"{scheme}://{'/'.join(parts)}"
 
 
 def _normalise_path(path: str) -> str:

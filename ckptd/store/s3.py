@@ -1,0 +1,354 @@
+"""S3 and what speaks its protocol, through the clients that s3fs makes.
+
+s3fs reads the settings (endpoint, profile, encryption, …) and builds the client; requests go to that
+client directly. s3fs's own calls would try again below our deadline, turn errors into a few
+`OSError`s, and keep listings (see docs/design.md, section 9).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import email.utils
+import re
+import zlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import botocore.exceptions as boto
+import s3fs
+from aiohttp import ClientError as HttpError
+from botocore.handlers import add_expect_header
+
+from ckptd.errors import (
+    CkptdError,
+    ConfigError,
+    CredentialsError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnavailableError,
+)
+from ckptd.store.base import Buffer, Entry, check_range
+from ckptd.store.client import Limits, Page
+from ckptd.store.codes import answer_of, translate
+from ckptd.store.loop import LoopThread
+
+MAX_CONNECTIONS = 64
+_SLICE_BYTES = 256 << 10
+_READ_BYTES = 1 << 20
+_NO_CONDITION = frozenset({"NotImplemented", "501", "InvalidArgument.IfNoneMatch"})
+_NO_CREDENTIALS = (
+    boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError,
+    boto.NoAuthTokenError, boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError,
+    boto.TokenRetrievalError, boto.RefreshWithMFAUnsupportedError,
+)  # fmt: skip
+_SETTINGS = (
+    boto.ParamValidationError, boto.InvalidRegionError, boto.NoRegionError, boto.ProfileNotFound,
+    boto.InvalidConfigError, boto.UnknownServiceError, boto.InvalidEndpointConfigurationError,
+    boto.ConfigParseError, boto.ConfigNotFound,
+)  # fmt: skip
+_RANGE = re.compile(r"bytes [0-9]+-[0-9]+/([0-9]+)", re.ASCII)
+
+
+class S3Client:
+    """See `ObjectClient`. Objects of one bucket, below `prefix` (empty, or with a slash at its end).
+
+    `options` are those of `s3fs.S3FileSystem`. Its event loop runs on a thread of its own, which
+    ends, with all connections, in `close`.
+    """
+
+    def __init__(
+        self, bucket: str, prefix: str, options: Mapping[str, object], limits: Limits
+    ) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+        self._limits = limits
+        self._loop = LoopThread("ckptd-s3")
+        self._is_checked = False  # whether requests carry checksums; the client's settings say
+        self._versions = False
+        self._building = asyncio.Lock()  # of the loop's tasks, one builds the client
+        self._client: Any = None
+        self._former: list[Any] = []
+        self._files = _filesystem(options, self._loop)
+
+    @property
+    def is_versioned(self) -> bool:
+        """See `ObjectClient.is_versioned`."""
+        return self._versions
+
+    def put(self, key: str, data: Buffer, *, if_absent: bool) -> bool:
+        """See `ObjectClient.put`. The server checks a CRC-32 of the bytes, if it is to be sent."""
+        view = memoryview(data).cast("B")
+        kwargs: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
+        try:
+            with self._border(key):
+                self._run(self._connected(), 0)
+                if self._is_checked:
+                    digest = zlib.crc32(view).to_bytes(4, "big")
+                    kwargs["ChecksumCRC32"] = base64.b64encode(digest).decode()
+                answer = self._run(
+                    self._call("put_object", key, Body=_Body(view), **kwargs), view.nbytes
+                )
+        except _NoConditionError:
+            return False
+        if not answer.get("ETag"):
+            raise StoreUnavailableError(key, "the answer to a PUT names no object; read back")
+        self._versions = self._versions or answer.get("VersionId", "null") != "null"
+        return True
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        """See `Store.get`."""
+        with self._border(key):
+            data: bytes = self._run(self._get(key, max_bytes), max_bytes)
+            return data
+
+    def read_into(self, key: str, offset: int, out: memoryview) -> int:
+        """See `Store.read_into`."""
+        target = _Target(out)
+        try:
+            with self._border(key):
+                size: int = self._run(self._read(key, offset, target), out.nbytes)
+                return size
+        finally:
+            target.end()
+
+    def size(self, key: str) -> int:
+        """See `ObjectClient.size`."""
+        try:
+            with self._border(key):
+                return int(self._run(self._call("head_object", key), 0)["ContentLength"])
+        except ObjectNotFoundError:
+            self.page("attempts/", None)  # a HEAD's 404 does not say whether there is a bucket
+            raise
+
+    def page(self, prefix: str, after: str | None) -> Page:
+        """See `ObjectClient.page`."""
+        where = self._prefix + prefix
+        kwargs = {"ContinuationToken": after} if after else {}
+        with self._border(prefix):
+            answer = self._run(self._call("list_objects_v2", None, Prefix=where, **kwargs), 0)
+        if "IsTruncated" not in answer:
+            raise StoreUnavailableError(prefix, "what the store answered is no listing")
+        after = answer.get("NextContinuationToken") if answer["IsTruncated"] else None
+        if answer["IsTruncated"] and not after:
+            raise StoreUnavailableError(prefix, "the listing ends before its last page")
+        entries = [
+            Entry(row["Key"][len(self._prefix) :], row["Size"], row["LastModified"].timestamp())
+            for row in answer.get("Contents", ())
+        ]
+        return Page(entries, after)
+
+    def delete(self, key: str) -> None:
+        """See `Store.delete`."""
+        with self._border(key):
+            self._run(self._call("delete_object", key), 0)
+
+    def now_s(self) -> float:
+        """See `Store.now_s`: the time at which the server answered a listing of one name."""
+        with self._border("attempts/"):
+            where = self._prefix + "attempts/"
+            answer = self._run(self._call("list_objects_v2", None, Prefix=where, MaxKeys=1), 0)
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        try:
+            return email.utils.parsedate_to_datetime(date).timestamp()
+        except (TypeError, ValueError):
+            raise StoreUnavailableError("attempts/", "the store does not tell the time") from None
+
+    def renew(self) -> None:
+        """See `ObjectClient.renew`. Requests under way end on the client that they began with."""
+        client, self._client = self._client, None
+        if client is not None:
+            self._former.append(client)
+
+    def close(self) -> None:
+        """See `Store.close`."""
+        self.renew()
+        try:
+            while self._former:
+                self._run(self._former.pop().close(), 0)
+        except TimeoutError:
+            pass  # the loop goes, and what is open with it
+        finally:
+            self._loop.close()
+
+    # --- one request -------------------------------------------------------------------------------
+
+    def _run(self, coroutine: Any, count: int) -> Any:
+        return self._loop.run(coroutine, self._limits.timeout_s(count))
+
+    async def _connected(self) -> Any:
+        """Return the client; build it if there is none. Nothing is sent."""
+        async with self._building:
+            if self._client is None:
+                client = await self._files.set_session(refresh=True)
+                config = client.meta.config
+                self._is_checked = config.request_checksum_calculation != "when_required"
+                # It makes a request hang for ever where the server answers neither yes nor no.
+                client.meta.events.unregister("before-call.s3", add_expect_header)
+                self._client = client
+            return self._client
+
+    async def _call(self, method: str, key: str | None, **kwargs: Any) -> Any:
+        await self._connected()
+        client = await self._files.get_s3(self._bucket)  # that one, or of the bucket's own region
+        operation = getattr(client, method)
+        if key is not None:
+            kwargs["Key"] = self._prefix + key
+        kwargs["Bucket"] = self._bucket
+        # Encryption and the like, from the options, as far as the operation takes them.
+        return await operation(**self._files._get_s3_method_kwargs(operation, **kwargs))  # noqa: SLF001
+
+    async def _get(self, key: str, max_bytes: int) -> bytes:
+        answer = await self._call("get_object", key)
+        count = answer["ContentLength"]
+        async with answer["Body"] as body:
+            if count > max_bytes:
+                body.close()
+                raise StoreError(key, f"{count} bytes, more than the {max_bytes} allowed")
+            data = bytearray(count)
+            await _fill(body, _Target(memoryview(data)), key)
+        return bytes(data)
+
+    async def _read(self, key: str, offset: int, target: _Target) -> int:
+        answer = await self._call(
+            "get_object", key, Range=f"bytes={offset}-{offset + target.wanted - 1}"
+        )
+        async with answer["Body"] as body:
+            found = _RANGE.fullmatch(answer.get("ContentRange", ""))
+            size = int(found[1]) if found else answer["ContentLength"]
+            try:
+                check_range(key, offset, target.wanted, size)
+                if not found and offset:
+                    raise StoreUnavailableError(key, "the store does not read ranges")
+            except StoreError:
+                body.close()
+                raise
+            await _fill(body, target, key)
+            return size
+
+    @contextmanager
+    def _border(self, key: str) -> Iterator[None]:
+        """Translate each error of the libraries below into one of ours that names `key`."""
+        try:
+            yield
+        except CkptdError:
+            raise
+        except boto.ClientError as error:
+            answer = answer_of(error.response)
+            if answer.code in _NO_CONDITION or answer.status == 501:
+                raise _NoConditionError(key, "the store does not know conditions") from error
+            raise translate(answer, key) from error
+        except _NO_CREDENTIALS as error:
+            raise CredentialsError(
+                key, f"no usable credentials for s3://{self._bucket} ({error}); set AWS_PROFILE or "
+                "AWS_ACCESS_KEY_ID, or storage_options",
+            ) from error  # fmt: skip
+        except _SETTINGS as error:
+            raise ConfigError(f"s3://{self._bucket}: {error}") from error
+        except (TimeoutError, boto.BotoCoreError, HttpError, OSError) as error:
+            why = str(error) or type(error).__name__
+            raise StoreUnavailableError(key, f"s3://{self._bucket} failed ({why})") from error
+
+
+class _NoConditionError(StoreError):
+    """The service knows no condition for a PUT."""
+
+
+class _Body:
+    """Bytes of the caller as the body of a request, sent without a copy of the whole.
+
+    botocore takes what has `read`, `seek`, `tell` and a length; aiohttp what can be iterated over
+    asynchronously, at its own pace. Each slice is a copy, since a connection that is being closed
+    may still send what it was given while the caller's buffer has been used again.
+    """
+
+    def __init__(self, view: memoryview) -> None:
+        self._view = view
+        self._at = 0
+
+    def __len__(self) -> int:
+        return self._view.nbytes
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, len(self))[whence]
+        return self._at
+
+    def read(self, count: int = -1) -> bytes:
+        end = len(self) if count is None or count < 0 else min(len(self), self._at + count)
+        begin, self._at = self._at, max(self._at, end)
+        return bytes(self._view[begin : self._at])
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for begin in range(0, len(self), _SLICE_BYTES):
+            yield bytes(self._view[begin : begin + _SLICE_BYTES])
+
+
+class _Target:
+    """Memory of the caller that an answer is written into, until `end`."""
+
+    def __init__(self, view: memoryview) -> None:
+        self.wanted = view.nbytes
+        self.count = 0
+        self._view: memoryview | None = view
+
+    def write(self, data: bytes) -> bool:
+        """Take the next bytes; False if there are more than were asked for."""
+        end = self.count + len(data)
+        if self._view is None or end > self.wanted:
+            return False
+        self._view[self.count : end] = data
+        self.count = end
+        return True
+
+    def end(self) -> None:
+        """Never write again."""
+        self._view = None
+
+
+async def _fill(body: Any, target: _Target, key: str) -> None:
+    while data := await body.read(_READ_BYTES):  # what has come by now, at most so much
+        if not target.write(data):
+            body.close()
+            raise StoreUnavailableError(key, "the store sent more bytes than were asked for")
+    if target.count != target.wanted:
+        body.close()
+        raise StoreUnavailableError(
+            key, f"the store sent {target.count} of {target.wanted} bytes; they may come later"
+        )
+
+
+def _filesystem(options: Mapping[str, object], loop: LoopThread) -> Any:
+    """Build s3fs with the caller's options and what must be so: one try, no caches, our loop."""
+    chosen: dict[str, Any] = dict(options)
+    config: dict[str, Any] = {
+        "connect_timeout": 10, "read_timeout": 20, "max_pool_connections": MAX_CONNECTIONS,
+        # Every block has a hash of ours, and botocore would check whole objects only.
+        "response_checksum_validation": "when_required",
+        **_mapping(chosen, "config_kwargs"),
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }  # fmt: skip
+    if str(config.get("request_checksum_calculation", "")) != "when_required":
+        # A checksum and a signed payload would be the same twice; the second costs a SHA-256.
+        config["s3"] = {"payload_signing_enabled": False, **_mapping(config, "s3")}
+    chosen |= {
+        "config_kwargs": config,
+        "asynchronous": True, "loop": loop.loop,
+        "skip_instance_cache": True, "use_listings_cache": False,
+    }  # fmt: skip
+    try:
+        return s3fs.S3FileSystem(**chosen)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"s3fs does not take storage_options {sorted(options)}: {type(error).__name__}"
+        ) from error
+
+
+def _mapping(options: Mapping[str, object], name: str) -> dict[str, Any]:
+    value = options.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"storage_options[{name!r}] must be a mapping")
+    return dict(value)
