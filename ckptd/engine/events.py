@@ -149,10 +149,15 @@ class PutRank(NamedTuple):
 
 
 class Try(NamedTuple):
-    """Commit the step if it is whole; answer with `Judged` or `Undecided`."""
+    """Commit the step if it is whole; answer with `Judged` or `Undecided`.
+
+    `is_leader` says that this is rank 0's daemon: where a store does not tell racing committers
+    apart, no other one may end a step.
+    """
 
     step: StepKey
     world_size: int
+    is_leader: bool
 
 
 class Poll(NamedTuple):
@@ -163,10 +168,14 @@ class Poll(NamedTuple):
 
 
 class End(NamedTuple):
-    """Put the outcomes, then a tombstone; answer with `Judged` or `Undecided`."""
+    """Put the outcomes, then a tombstone; answer with `Judged` or `Undecided`.
+
+    `is_leader` as in `Try`.
+    """
 
     step: StepKey
     world_size: int
+    is_leader: bool
     verdict: Verdict
     outcomes: tuple[Outcome, ...]
 

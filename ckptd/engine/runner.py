@@ -12,15 +12,22 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from ckptd import failpoints
 from ckptd.engine import events as ev
 from ckptd.engine.events import Effect, Event
 from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.state import Engine
-from ckptd.errors import CkptdError, IncompleteError, ProtocolError, SlotMovedError, StoreError
-from ckptd.model import dtypes
+from ckptd.errors import (
+    CkptdError,
+    IncompleteError,
+    ProtocolError,
+    SlotMovedError,
+    StoreError,
+    StoreUnavailableError,
+)
+from ckptd.model import dtypes, keys
 from ckptd.model.manifest import Chunk, RankManifest
 from ckptd.pipeline.commit import (
     Proofs,
@@ -38,13 +45,14 @@ from ckptd.shm.slots import Slot
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.store.retry import retrying
-from ckptd.store.root import check_root
+from ckptd.store.root import check_root, check_writer
 from ckptd.wire.messages import FromDaemon, Hello
 
 log = logging.getLogger("ckptd.engine")
 
 # A part is tried again within its slot; after that the step is ended and everyone hears why.
 _retrying = partial(retrying, attempts=5, total_s=60.0, sleep=time.sleep, rng=random.Random())  # noqa: S311 - jitter
+T = TypeVar("T")
 
 
 class SlotSource(Protocol):
@@ -176,7 +184,8 @@ class Runner:
         if store is None:
             store = open_store(hello.root, hello.storage_options)
             try:
-                _retrying(lambda: check_root(store))
+                _tried(store, lambda: check_root(store))
+                _tried(store, lambda: check_writer(store))
             except BaseException:
                 store.close()
                 raise
@@ -213,14 +222,11 @@ class Runner:
             if end > slot.view.nbytes or chunk.dtype not in dtypes.BY_NAME:
                 raise ProtocolError("a chunk that leaves its slot, or of an unknown dtype")
             sources.append(Source(chunk.dtype, slot.view[chunk.offset_bytes : end], check))
-        # A store of its own: a sync that fails takes deferred objects away again, and those of
+        step, compression = effect.part.step.id, effect.hello.compression
+        # A batch of its own: a sync that fails takes deferred objects away again, and those of
         # another rank's snapshot must not be among them.
-        store = open_store(effect.hello.root, effect.hello.storage_options)
-        try:
-            step, compression = effect.part.step.id, effect.hello.compression
-            chunks = _retrying(lambda: self._writer.write(store, step, sources, compression))
-        finally:
-            store.close()
+        with self._store_of(effect.part.step).batch() as store:
+            chunks = _tried(store, lambda: self._writer.write(store, step, sources, compression))
         check()
         return chunks
 
@@ -228,7 +234,7 @@ class Runner:
         try:
             _check(effect.record)
             store = self._store_of(effect.part.step)
-            _retrying(lambda: put_rank(store, effect.record))
+            _tried(store, lambda: put_rank(store, effect.record))
         except Exception as error:  # noqa: BLE001 - whatever it is, the trainer must hear of it
             self._part_failed(effect.part, error)
         else:
@@ -237,13 +243,14 @@ class Runner:
     def _judge(self, effect: ev.Try | ev.Poll | ev.End) -> None:
         try:
             store = self._store_of(effect.step)
-            if isinstance(effect, ev.Try):
-                verdict = try_commit(store, effect.step.id, effect.world_size, self._proofs)
-            elif isinstance(effect, ev.Poll):
-                verdict = read_verdict(store, effect.step.id, effect.world_size)
-            else:
+            if isinstance(effect, ev.End):
                 for outcome in effect.outcomes:
                     put_outcome(store, outcome)
+            if isinstance(effect, ev.Poll) or not (effect.is_leader or store.has_conditional_put):
+                verdict = self._read(store, effect)
+            elif isinstance(effect, ev.Try):
+                verdict = try_commit(store, effect.step.id, effect.world_size, self._proofs)
+            else:
                 verdict = self._end(store, effect)
         except Exception as error:
             level = logging.WARNING if isinstance(error, CkptdError) else logging.ERROR
@@ -255,6 +262,15 @@ class Runner:
             elif verdict.state == "committed":
                 log.info("committed step %s of %s", effect.step.id.short, effect.step.root)
             self.post(ev.Judged(effect.step, verdict))
+
+    def _read(self, store: Store, effect: ev.Try | ev.Poll | ev.End) -> Verdict:
+        verdict = read_verdict(store, effect.step.id, effect.world_size)
+        if verdict.state == "waiting" and isinstance(effect, ev.End):
+            raise StoreUnavailableError(
+                keys.checkpoint(effect.step.id),
+                f"{store.url} knows no conditional writes, so only rank 0's daemon may end the step",
+            )
+        return verdict
 
     def _end(self, store: Store, effect: ev.End) -> Verdict:
         step, world_size, why = effect.step.id, effect.world_size, effect.verdict
@@ -310,6 +326,11 @@ class Runner:
         with self._stores_lock:
             for store in self._opened.values():
                 store.close()
+
+
+def _tried(store: Store, operation: Callable[[], T]) -> T:
+    """Return what `operation` returns, trying again unless the store does so itself."""
+    return operation() if store.traits.is_patient else _retrying(operation)
 
 
 def _check(record: RankManifest) -> None:

@@ -84,6 +84,11 @@ class Step:
         return rank in self.parts and self.parts[rank].state == "written"
 
     @property
+    def is_leading(self) -> bool:
+        """Tell whether this daemon is rank 0's, as far as this step has shown."""
+        return 0 in self.saves or 0 in self.outcomes
+
+    @property
     def is_storing(self) -> bool:
         """Tell whether some part is still on its way to the store."""
         return any(part.state != "written" for part in self.parts.values())
@@ -152,15 +157,16 @@ class Step:
             self.doom = incomplete(self.key.id, missing, self.timeout_s)
         if self.doom is not None:
             self.doomed_at = now if self.doomed_at is None else self.doomed_at
-            return End(self.key, world_size, self.doom, tuple(self.outcomes.values()))
+            outcomes = tuple(self.outcomes.values())
+            return End(self.key, world_size, self.is_leading, self.doom, outcomes)
         if not any(part.state == "written" for part in self.parts.values()):
             return None
         if is_all_local and not self.is_watched:
             # Nobody else can deliver: no need to look before the last part is there.
             whole = all(self.has_written(rank) for rank in range(world_size))
-            return Try(self.key, world_size) if whole else None
+            return Try(self.key, world_size, self.is_leading) if whole else None
         if self.has_written(0) or now - self.since >= self.silence_s:
-            return Try(self.key, world_size)
+            return Try(self.key, world_size, self.is_leading)
         return Poll(self.key, world_size)
 
 

@@ -25,15 +25,16 @@ class BufferPool:
         self._changed = threading.Condition()  # guards the two above
 
     @contextmanager
-    def borrow(self, count: int) -> Iterator[memoryview]:
+    def borrow(self, count: int, *, within_bytes: int | None = None) -> Iterator[memoryview]:
         """Lend a writable buffer of `count` bytes whose address is page-aligned.
 
-        Waits until the budget has room. The view must not be used after the block.
+        Waits until all that is lent stays within the budget, and within `within_bytes` unless
+        nothing else is lent. The view must not be used after the block.
 
         Raises:
             ConfigError: if `count` alone is over the budget.
         """
-        buffer = self._take(-(-count // mmap.PAGESIZE) * mmap.PAGESIZE)
+        buffer = self._take(-(-count // mmap.PAGESIZE) * mmap.PAGESIZE, within_bytes)
         try:
             with memoryview(buffer) as whole, whole[:count] as view:
                 yield view
@@ -45,13 +46,14 @@ class BufferPool:
         with self._changed:
             self._idle.clear()
 
-    def _take(self, size: int) -> mmap.mmap:
+    def _take(self, size: int, within_bytes: int | None) -> mmap.mmap:
         if size > self.budget_bytes:
             raise ConfigError(
                 f"one buffer of {size} bytes is over the budget of {self.budget_bytes}; raise it"
             )
+        limit = min(self.budget_bytes, max(size, within_bytes or self.budget_bytes))
         with self._changed:
-            self._changed.wait_for(lambda: self._lent_bytes + size <= self.budget_bytes)
+            self._changed.wait_for(lambda: self._lent_bytes + size <= limit)
             fitting = [buffer for buffer in self._idle if len(buffer) >= size]
             if fitting:
                 buffer = min(fitting, key=len)

@@ -36,9 +36,6 @@ Progress = Callable[[int, int], None]
 """Told of bytes done and bytes in all, by any thread."""
 
 BUDGET_BYTES = 256 * MIB
-# Fetched in one request: large enough for a disk, small enough to stay in a processor's last cache
-# until it is decoded.
-WINDOW_BYTES = 2 * MIB
 
 
 def plain_buffer(count: int) -> Bytes:
@@ -57,11 +54,12 @@ class Loader:
         self,
         store: Store,
         *,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
         make_buffer: Callable[[int], Bytes] = plain_buffer,
     ) -> None:
         self._store = store
         self._decoder = Decoder()
+        window_bytes = window_bytes or store.traits.window_bytes
         self._window = plain_buffer(max(window_bytes, header_bytes(1 << 26) + BLOCK_BYTES))
         self._block = make_buffer(BLOCK_BYTES)
         self._held = range(0)  # which bytes of the chunk are in the window
@@ -174,7 +172,7 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
     sink: Sink,
     *,
     place: Place = lambda _region: None,
-    threads: int = 2,
+    threads: int | None = None,
     budget_bytes: int = BUDGET_BYTES,
     make_buffer: Callable[[int], Bytes] = plain_buffer,
     progress: Progress = lambda _done, _all: None,
@@ -183,7 +181,7 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
 
     Where a region lies in its chunk without gaps and `place` gives a `Put` for it, that takes its
     bytes block by block; else `sink` gets them at once, with the whole chunk in memory. Both are
-    called from up to `threads` threads, with views that are valid only during the call, and with no
+    called from up to `threads` threads (None: as many as the store likes), with views that are valid only during the call, and with no
     byte whose block was not verified. Fetched and staged bytes stay within `budget_bytes` as far as one thread allows. The first
     failure stops the rest; all threads have ended on return.
 
@@ -199,8 +197,8 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
     staged = [
         read.chunk.raw_bytes for read, row in zip(reads, puts, strict=True) if None in row
     ]  # fmt: skip
-    each_bytes = WINDOW_BYTES + BLOCK_BYTES + max(staged, default=0)
-    workers = max(1, min(threads, len(reads), budget_bytes // each_bytes))
+    each_bytes = store.traits.window_bytes + BLOCK_BYTES + max(staged, default=0)
+    workers = max(1, min(threads or store.traits.requests, len(reads), budget_bytes // each_bytes))
     tally = _Tally(sum(map(_needed_bytes, reads)), progress)
     local = threading.local()
     stop = threading.Event()

@@ -11,6 +11,7 @@ from ckptd.model.keys import StepId
 from ckptd.model.manifest import Outcome, RankManifest
 from ckptd.pipeline.commit import MAX_RECORD_BYTES, Proofs, try_commit
 from ckptd.store.base import Store
+from ckptd.store.root import check_writer
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,12 @@ def commit_whole_steps(store: Store) -> list[StepId]:
     for step, ranks in sorted(parts.items()):
         world_size = _world_size(store, step, ranks[0])
         if world_size == len(ranks):
+            check_writer(store)
+            if not store.has_conditional_put:
+                log.warning(
+                    "step %s is whole, but only the daemon of rank 0 may commit it", step.short
+                )
+                continue
             verdict = try_commit(store, step, world_size, Proofs())
             log.warning("step %s had all its rank manifests: %s", step.short, verdict.state)
             if verdict.state == "committed":

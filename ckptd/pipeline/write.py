@@ -20,10 +20,10 @@ from ckptd.store.base import Store
 
 Compression = Literal["auto", "zstd", "none"]
 
-PUTS = 4
+PUTS = 16
 MAX_CODERS = 4
-BUDGET_BYTES = 4 * (33 << 20)
-"""Four chunks of the usual size: two that are coded while two are stored."""
+BUDGET_BYTES = 8 * (33 << 20)
+"""Of all stores together; each has a budget of its own (`Traits.budget_bytes`)."""
 
 
 class Source(NamedTuple):
@@ -41,7 +41,8 @@ class Source(NamedTuple):
 class ChunkWriter:
     """Threads that hash and code chunks, and threads that store them; shared by all snapshots.
 
-    While one chunk is being stored the next one is coded. In flight are at most `budget_bytes`.
+    While one chunk is being stored the next one is coded. In flight are at most `budget_bytes`, and
+    for each store what it is worth.
     """
 
     def __init__(
@@ -89,10 +90,16 @@ class ChunkWriter:
         job.check()
         raw_bytes = source.raw.nbytes
         with ExitStack() as held:
-            out = held.enter_context(self.buffers.borrow(stored_bound(raw_bytes)))
+            out = held.enter_context(
+                self.buffers.borrow(
+                    stored_bound(raw_bytes), within_bytes=job.store.traits.budget_bytes
+                )
+            )
             job.check()  # the buffer may have been long in coming
             mode = job.compression
-            if mode == "auto" and not job.pace.is_worth_coding():
+            if mode == "auto" and not job.store.has_conditional_put:
+                mode = "zstd"  # ranks of other nodes may overwrite this chunk: with the same bytes
+            elif mode == "auto" and not job.pace.is_worth_coding():
                 mode = "none"
             with job.pace.coding(raw_bytes) if mode != "none" else nullcontext():
                 encoded = self._encoder().encode(

@@ -49,6 +49,7 @@ class RemoteStore:
         self.has_conditional_put = has_conditional_put
         self._client = client
         self._limits = limits
+        self._has_warned = False
         self._rng = random.Random()  # noqa: S311 - jitter
         self._locks = [threading.Lock() for _ in range(_LOCKS)]  # each guards some keys' `put_new`
 
@@ -82,6 +83,9 @@ class RemoteStore:
             if attempts == 1 or is_deferred or not self._holds(key, data):
                 raise
 
+        finally:
+            self._note_versions()
+
     def sync(self) -> None:
         """See `Store.sync`."""
 
@@ -114,6 +118,20 @@ class RemoteStore:
         """See `Store.now_s`."""
         return self._tried(self._client.now_s)
 
+    def check_condition(self, key: str, data: Buffer) -> bool:
+        """Put an object that exists with the bytes it has; tell whether the condition was obeyed.
+
+        Raises:
+            StoreError: as `put`.
+        """
+        if self.has_conditional_put:
+            try:
+                self._tried(lambda: self._client.put(key, data, if_absent=True))
+            except ObjectExistsError:
+                return True
+            self.has_conditional_put = False
+        return False
+
     @contextmanager
     def batch(self) -> Iterator[RemoteStore]:
         """See `Store.batch`: with nothing deferred, there is nothing to keep apart."""
@@ -122,6 +140,15 @@ class RemoteStore:
     def close(self) -> None:
         """See `Store.close`."""
         self._client.close()
+
+    def _note_versions(self) -> None:
+        if self._client.is_versioned and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "the bucket of %s keeps what is deleted (versioning): pruning frees nothing until "
+                "a lifecycle rule ends old versions",
+                self.url,
+            )
 
     def _tried(self, operation: Callable[[], T]) -> T:
         """Return what `operation` returns; look for credentials once where they are not taken."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import islice
 
 import msgspec
@@ -18,6 +19,9 @@ from ckptd.model import keys
 from ckptd.model.manifest import FORMAT, RootRecord
 from ckptd.store.base import Store
 from ckptd.store.local import LocalStore
+from ckptd.store.remote import RemoteStore
+
+log = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 << 10
 _MAX_FORMAT = 9999
@@ -45,8 +49,28 @@ def create_root(store: Store) -> None:
             store.put_new(keys.ROOT_RECORD, msgspec.json.encode(RootRecord(FORMAT)))
         except ObjectExistsError:
             _is_root(store)
+    check_writer(store)
+
+
+def check_writer(store: Store) -> None:
+    """Make sure that a root takes writes, and learn whether its service knows conditional ones.
+
+    The record of the root is put once more: it has the same bytes for everybody, so a service that
+    does not look at the condition changes nothing.
+
+    Raises:
+        StoreError: the root cannot be written.
+    """
     if isinstance(store, LocalStore):
         store.check_writable()
+    elif isinstance(store, RemoteStore):
+        record = store.get(keys.ROOT_RECORD, max_bytes=_MAX_BYTES)
+        if not store.check_condition(keys.ROOT_RECORD, record):
+            log.warning(
+                "%s knows no conditional writes: only the daemon of rank 0 commits, resume finishes "
+                "nothing, and two jobs must not start in it at once; see docs/operations.md",
+                store.url,
+            )
 
 
 def check_root(store: Store) -> None:

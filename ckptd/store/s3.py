@@ -70,7 +70,12 @@ class S3Client:
         self._building = asyncio.Lock()  # of the loop's tasks, one builds the client
         self._client: Any = None
         self._former: list[Any] = []
-        self._files = _filesystem(options, self._loop)
+        self._options = sorted(options)  # their names only: values may be secret
+        try:
+            self._files = _filesystem(options, self._loop)
+        except ConfigError:
+            self._loop.close()
+            raise
 
     @property
     def is_versioned(self) -> bool:
@@ -181,7 +186,10 @@ class S3Client:
         """Return the client; build it if there is none. Nothing is sent."""
         async with self._building:
             if self._client is None:
-                client = await self._files.set_session(refresh=True)
+                try:
+                    client = await self._files.set_session(refresh=True)
+                except (TypeError, ValueError) as error:
+                    raise _unfit(self._options, error) from None
                 config = client.meta.config
                 self._is_checked = config.request_checksum_calculation != "when_required"
                 # It makes a request hang for ever where the server answers neither yes nor no.
@@ -342,9 +350,15 @@ def _filesystem(options: Mapping[str, object], loop: LoopThread) -> Any:
     try:
         return s3fs.S3FileSystem(**chosen)
     except (TypeError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"s3fs does not take storage_options {sorted(options)}: {type(error).__name__}"
-        ) from error
+        raise _unfit(sorted(options), error) from None
+
+
+def _unfit(names: list[str], error: Exception) -> ConfigError:
+    """Say that options do not fit, without their values and without what `error` quotes of them."""
+    return ConfigError(
+        f"no S3 client can be made of storage_options {names} ({type(error).__name__}); "
+        "they are the options of s3fs.S3FileSystem"
+    )
 
 
 def _mapping(options: Mapping[str, object], name: str) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from ckptd.model.manifest import Manifest, RankManifest
 from ckptd.pipeline.catalog import read_ranks
 from ckptd.pipeline.ranks import RankReader
 from ckptd.pipeline.read import Put, plain_buffer, read_chunks
-from ckptd.pipeline.threads import usable_cores
 from ckptd.plan.reading import ChunkRead, Region, Wanted, may_suffice, plan_reads
 from ckptd.store.base import Store
 from ckptd.trainer.pinning import pinned_buffer
@@ -20,7 +19,6 @@ from ckptd.trainer.targets import Targets
 
 # Twice the cores, since half of the threads wait for the store. More than a few wait for each other's
 # interpreter lock: eight were slower than four on 2 cores and on 16.
-MAX_READERS = 4
 
 
 class Records:
@@ -88,7 +86,6 @@ class Fetch:
         with progress_bar("restoring", is_shown=self._rank == 0) as progress:
             read_chunks(
                 self._records.store, reads, sink, place=place,
-                threads=min(MAX_READERS, 2 * usable_cores()),
                 make_buffer=pinned_buffer if devices else plain_buffer, progress=progress,
             )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 from ckptd.errors import StoreError, StoreUnavailableError
@@ -28,6 +29,8 @@ class _Around:
     def __init__(self, inner: Store) -> None:
         self.inner = inner
         self.url = inner.url
+        self.traits = inner.traits
+        self.has_conditional_put = inner.has_conditional_put
 
     def _before(self, op: Op) -> None:
         """Raise, or let the call happen."""
@@ -83,8 +86,34 @@ class _Around:
     def now_s(self) -> float:
         return self.inner.now_s()
 
+    @property
+    def keeps_deleted(self) -> bool:
+        return self.inner.keeps_deleted
+
+    @contextmanager
+    def batch(self) -> Iterator[Store]:
+        op = Op("batch", "")
+        self._before(op)
+        with self.inner.batch() as inner:
+            self._after(op)
+            yield _Batch(self, inner)
+
     def close(self) -> None:
         self.inner.close()
+
+
+class _Batch(_Around):
+    """A batch of a store, with what is around that."""
+
+    def __init__(self, outer: _Around, inner: Store) -> None:
+        super().__init__(inner)
+        self._outer = outer
+
+    def _before(self, op: Op) -> None:
+        self._outer._before(op)
+
+    def _after(self, op: Op) -> None:
+        self._outer._after(op)
 
 
 WRITES = frozenset({"put", "put_new", "put_deferred", "sync", "delete"})

@@ -1,29 +1,287 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator
 
 import pytest
 
+from ckptd.errors import (
+    BucketNotFoundError,
+    ConfigError,
+    CredentialsError,
+    ObjectExistsError,
+    StoreError,
+)
+from ckptd.store.anyfs import FsspecClient
 from ckptd.store.base import Store
-from ckptd.store.open import open_store
-from tests.contracts.store_contract import StoreContract
-from tests.fakes.s3_server import MotoServer, S3Server
+from ckptd.store.client import Limits
+from ckptd.store.remote import RemoteStore
+from ckptd.store.root import check_root, create_root
+from tests.contracts.store_contract import CHUNK, COMMIT, RANK, StoreContract
+from tests.fakes.fault_proxy import FaultProxy
+from tests.fakes.s3_server import S3Server
 
-
-@pytest.fixture(scope="session")
-def moto() -> Iterator[S3Server]:
-    with MotoServer() as server:
-        yield server
+Open = Callable[..., RemoteStore]
 
 
 class TestS3Store(StoreContract):
     @pytest.fixture
-    def store(self, moto: S3Server, request) -> Iterator[Store]:
-        import secrets
+    def store(self, open_s3: Open) -> Store:
+        return open_s3()
 
-        name = moto.make_bucket("b" + secrets.token_hex(8))
-        store = open_store(
-            f"s3://{name}/run", {"endpoint_url": moto.url, "key": "a", "secret": "b"}
-        )
+
+class TestFsspecStore(StoreContract):
+    """Any other file system of fsspec, as far as its own memory stands for it."""
+
+    @pytest.fixture
+    def store(self) -> Iterator[Store]:
+        path = f"test-{uuid.uuid4().hex}/run"
+        client = FsspecClient("memory", path, {}, Limits())
+        store = RemoteStore(f"memory://{path}", client, Limits(), has_conditional_put=False)
         yield store
         store.close()
+
+
+class TestWeakS3Store(StoreContract):
+    """S3 that takes no notice of conditions: what one process does still holds."""
+
+    @pytest.fixture
+    def store(self, open_s3: Open, proxy: FaultProxy) -> Store:
+        proxy.strip_headers.add("if-none-match")
+        store = open_s3(through=proxy)
+        create_root(store)
+        assert not store.has_conditional_put
+        store.delete("ckptd.json")
+        return store
+
+
+# --- how it asks -------------------------------------------------------------------------------
+
+
+def test_a_chunk_is_one_request_with_a_checksum_and_no_expectation(
+    open_s3: Open, proxy: FaultProxy
+) -> None:
+    store = open_s3(through=proxy)
+    store.put_new(CHUNK, bytes(9 << 20), is_deferred=True)
+    (asked,) = proxy.requests
+    assert asked.method == "PUT"
+    assert asked.headers["if-none-match"] == "*"
+    assert asked.headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
+    assert "x-amz-checksum-crc32" in asked.headers
+    assert "expect" not in asked.headers
+    assert "transfer-encoding" not in asked.headers
+
+
+def test_servers_that_know_no_checksums_are_sent_none(open_s3: Open, proxy: FaultProxy) -> None:
+    store = open_s3(through=proxy, config_kwargs={"request_checksum_calculation": "when_required"})
+    store.put_new(CHUNK, b"x" * 1000)
+    (asked,) = proxy.requests
+    assert not [name for name in asked.headers if "checksum" in name]
+    assert len(asked.headers["x-amz-content-sha256"]) == 64, "signed, so that something is checked"
+
+
+def test_options_reach_every_request_that_takes_them(open_s3: Open, proxy: FaultProxy) -> None:
+    store = open_s3(
+        through=proxy,
+        s3_additional_kwargs={"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "k"},
+        requester_pays=True,
+    )
+    store.put(RANK, b"x")
+    assert store.get(RANK, max_bytes=1) == b"x"
+    assert [e.key for e in store.list("ranks/")] == [RANK]
+    put, get, listing = proxy.requests
+    assert put.headers["x-amz-server-side-encryption"] == "aws:kms"
+    assert put.headers["x-amz-server-side-encryption-aws-kms-key-id"] == "k"
+    assert {r.headers.get("x-amz-request-payer") for r in (put, get, listing)} == {"requester"}
+
+
+def test_connections_are_used_again(open_s3: Open, proxy: FaultProxy) -> None:
+    store = open_s3(through=proxy)
+    for number in range(20):
+        store.put_new(f"attempts/{number:04d}", b"x")
+        store.get(f"attempts/{number:04d}", max_bytes=1)
+    assert len(proxy.requests) == 40
+    assert proxy.connections == 1
+
+
+def test_many_threads_share_one_store(open_s3: Open) -> None:
+    store = open_s3()
+    failed: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            key = f"chunks/00/{number}"
+            store.put_new(key, bytes([number]) * 100_000)
+            out = bytearray(50_000)
+            store.read_into(key, 25_000, memoryview(out))
+            assert out == bytes([number]) * 50_000
+        except BaseException as error:  # noqa: BLE001 - told on the main thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+
+
+# --- what it lists -----------------------------------------------------------------------------
+
+
+def test_n13_a_listing_of_several_pages_has_every_key(open_s3: Open, moto: S3Server) -> None:
+    store = open_s3()
+    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+    keys = [f"chunks/{n % 256:02x}/{n}" for n in range(1005)]
+    for key in keys:
+        moto.client.put_object(Bucket=bucket, Key=f"{prefix}/{key}", Body=b"x")
+    moto.client.put_object(Bucket=bucket, Key=f"{prefix}/Not a key", Body=b"x")
+    assert [e.key for e in store.list("chunks/")] == sorted(keys)
+    assert [e.key for e in store.list("")] == sorted(keys)
+
+
+def test_listings_are_never_kept(open_s3: Open, moto: S3Server) -> None:
+    store = open_s3()
+    assert list(store.list("")) == []
+    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+    moto.client.put_object(Bucket=bucket, Key=f"{prefix}/{RANK}", Body=b"x")
+    assert [e.key for e in store.list("")] == [RANK]
+    assert store.get(RANK, max_bytes=1) == b"x"
+
+
+def test_a_directory_buckets_listing_is_sorted(open_s3: Open, proxy: FaultProxy) -> None:
+    store = open_s3(through=proxy)
+    for number in range(5):
+        store.put_new(f"attempts/{number:04d}", b"x")
+    proxy.unsorted_listings = True
+    assert [e.key for e in store.list("")] == [f"attempts/{n:04d}" for n in range(5)]
+
+
+def test_a_root_may_be_a_whole_bucket(moto: S3Server, bucket: str, open_s3: Open) -> None:
+    if "/" in bucket:
+        pytest.skip("only a part of the bucket is ours")
+    store = open_s3(url=f"s3://{bucket}")
+    create_root(store)
+    check_root(store)
+    assert list(moto.objects(bucket)) == ["ckptd.json"]
+
+
+# --- what it never does ------------------------------------------------------------------------
+
+
+def test_n7_no_bucket_is_ever_created(open_s3: Open, moto: S3Server) -> None:
+    name = f"no-such-{uuid.uuid4().hex}"
+    store = open_s3(url=f"s3://{name}/run")
+    for call in (
+        lambda: create_root(store),
+        lambda: check_root(store),
+        lambda: store.put(RANK, b"x"),
+        lambda: store.put_new(COMMIT, b"x"),
+        lambda: store.get(COMMIT, max_bytes=1),
+        lambda: store.read_into(COMMIT, 0, memoryview(bytearray(1))),
+        lambda: store.read_into(COMMIT, 0, memoryview(bytearray(0))),
+        lambda: list(store.list("")),
+        store.now_s,
+    ):
+        with pytest.raises(BucketNotFoundError, match="check its name"):
+            call()
+    with pytest.raises(Exception, match=r"Not Found|NoSuchBucket"):
+        moto.client.head_bucket(Bucket=name)
+
+
+def test_no_multipart_upload_is_ever_begun(open_s3: Open, moto: S3Server) -> None:
+    store = open_s3()
+    store.put_new(CHUNK, bytes(120 << 20))  # s3fs would cut it into parts
+    assert moto.uploads(store.url.removeprefix("s3://")) == []
+    assert [e.bytes for e in store.list("chunks/")] == [120 << 20]
+
+
+# --- a writer's first look ----------------------------------------------------------------------
+
+
+def test_n16_conditions_are_tried_out_on_the_record_of_the_root(
+    open_s3: Open, proxy: FaultProxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_s3(through=proxy)
+    create_root(store)
+    assert store.has_conditional_put
+    assert caplog.text == ""
+    proxy.strip_headers.add("if-none-match")
+    create_root(store)
+    assert not store.has_conditional_put
+    assert "no conditional writes" in caplog.text
+    with pytest.raises(ObjectExistsError):
+        store.put_new("ckptd.json", b"other")
+    check_root(store)
+
+
+def test_n16_a_reader_does_not_try_to_write(open_s3: Open, proxy: FaultProxy) -> None:
+    create_root(open_s3())
+    check_root(open_s3(through=proxy))
+    assert {r.method for r in proxy.requests} == {"GET"}
+
+
+def test_a_versioned_bucket_is_recognised(
+    moto: S3Server, open_s3: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = moto.make_bucket(f"ckptd-{uuid.uuid4().hex}", versioned=True)
+    store = open_s3(url=f"s3://{name}/run")
+    assert not store.keeps_deleted
+    create_root(store)
+    assert store.keeps_deleted
+    assert "keeps what is deleted" in caplog.text
+    store.put_new(RANK, b"x")
+    assert caplog.text.count("keeps what is deleted") == 1
+
+
+def test_something_else_in_the_bucket_is_no_root(open_s3: Open) -> None:
+    store = open_s3()
+    store.put_new(RANK, b"x")
+    with pytest.raises(ConfigError, match="not a ckptd root"):
+        create_root(store)
+
+
+# --- who asks ----------------------------------------------------------------------------------
+
+
+def test_missing_credentials_are_said_to_be_missing(
+    open_s3: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in list(os.environ):
+        if name.startswith("AWS_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    store = open_s3(key=None, secret=None)
+    with pytest.raises(CredentialsError, match="AWS_PROFILE"):
+        store.get(RANK, max_bytes=1)
+
+
+def test_a_profile_that_is_not_there_is_a_setting(open_s3: Open) -> None:
+    with pytest.raises((ConfigError, StoreError), match="nosuchprofile"):
+        open_s3(profile="nosuchprofile").get(RANK, max_bytes=1)
+
+
+# --- its end -----------------------------------------------------------------------------------
+
+
+def test_closing_ends_its_thread_and_its_connections(open_s3: Open, proxy: FaultProxy) -> None:
+    store = open_s3(through=proxy)
+    store.put_new(RANK, b"x")
+    before = len(os.listdir("/proc/self/fd"))
+    store.close()
+    assert [t.name for t in threading.enumerate() if t.name.startswith("ckptd-s3")] == []
+    assert len(os.listdir("/proc/self/fd")) < before
+
+
+def test_a_fork_while_a_store_is_open_harms_nobody(open_s3: Open) -> None:
+    store = open_s3()
+    store.put_new(RANK, b"x")
+    child = os.fork()
+    if not child:
+        os._exit(0)  # as the worker of a data loader does
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.get(RANK, max_bytes=1) == b"x"
