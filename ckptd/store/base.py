@@ -118,7 +118,13 @@ class Store(Protocol):
         """
 
     def now_s(self) -> float:
-        """Return the store's own clock, in seconds since 1970; ages are counted from it."""
+        """Return the store's own clock, in seconds since 1970; ages are counted from it.
+
+        It may be late by up to a second against `Entry.modified_s`.
+
+        Raises:
+            StoreAccessDeniedError, StoreUnavailableError: the store did not tell.
+        """
 
     def batch(self) -> AbstractContextManager[Store]:
         """Give a store of the same root with deferred objects of its own, for one thread's block.
