@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import NamedTuple, TypeVar
 
 import xxhash
@@ -21,6 +21,7 @@ from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest
 from ckptd.pipeline.commit import MAX_RECORD_BYTES, TOMBSTONE
+from ckptd.pipeline.each import each
 from ckptd.pipeline.ranks import RankReader
 from ckptd.plan.line import Commit, parse_commits
 from ckptd.plan.line import line as plan_line
@@ -28,7 +29,6 @@ from ckptd.store.base import Store
 
 log = logging.getLogger(__name__)
 
-_THREADS = 8
 _Record = TypeVar("_Record")
 
 
@@ -183,16 +183,12 @@ def read_ranks(
     """
     wanted = list(range(manifest.world_size) if ranks is None else ranks)
     reader = reader or RankReader()
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckptd-records") as pool:
-        try:
-            # Threads wait for the store; to decode takes the interpreter, which is one.
-            fetched = pool.map(lambda rank: _read_rank(store, manifest, rank), wanted)
-            return [
-                _decode_rank(manifest, rank, data, reader)
-                for rank, data in zip(wanted, fetched, strict=True)
-            ]
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    # Threads wait for the store; to decode takes the interpreter, which is one.
+    with closing(each(store, lambda rank: _read_rank(store, manifest, rank), wanted)) as fetched:
+        return [
+            _decode_rank(manifest, rank, data, reader)
+            for rank, data in zip(wanted, fetched, strict=True)
+        ]
 
 
 class Listed(NamedTuple):
@@ -212,9 +208,8 @@ def survey(store: Store) -> list[Listed]:
         StoreError: the store did not answer.
     """
     commits = list_commits(store)
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ckptd-records") as pool:
-        read = pool.map(lambda commit: _try_read(store, commit.id), commits)
-        found = {commit.id: there for commit, there in zip(commits, read, strict=True)}
+    read = each(store, lambda commit: _try_read(store, commit.id), commits)
+    found = {commit.id: there for commit, there in zip(commits, read, strict=True)}
     ids = list(found)
     on_line = {c.id for c in plan_line(commits, lambda id_: _before(ids, id_, found[id_]))}
     return [

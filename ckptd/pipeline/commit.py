@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import Literal, NamedTuple
 
 import xxhash
@@ -30,6 +31,7 @@ from ckptd.errors import (
 from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import FORMAT, Manifest, Outcome, RankManifest
+from ckptd.pipeline.each import each
 from ckptd.pipeline.ranks import RankReader
 from ckptd.plan.commit import layout_key, manifest_of
 from ckptd.plan.table import join_ranks
@@ -166,17 +168,19 @@ def try_commit(store: Store, step: StepId, world_size: int, proofs: Proofs) -> V
         if (found := keys.parse_rank(entry.key)) and found[1] < world_size
     }
     missing = sorted(set(range(world_size)) - entries.keys())
+    # As long as ranks are missing this is asked again and again: only an outcome counts.
+    wanted = [
+        number
+        for number, entry in sorted(entries.items())
+        if not missing
+        or (entry.bytes <= MAX_OUTCOME_BYTES and not proofs.delivered.has((store.url, entry)))
+    ]
     records = []
     try:
-        for number, entry in sorted(entries.items()):
-            # As long as ranks are missing this is asked again and again: only an outcome counts.
-            seen = (store.url, entry)
-            if missing and (entry.bytes > MAX_OUTCOME_BYTES or proofs.delivered.has(seen)):
-                continue
-            record, size, digest = _read_rank(store, step, number, proofs.reader)
+        for record, size, digest in _read_ranks(store, step, wanted, proofs.reader):
             if isinstance(record, Outcome):
                 return end_step(store, step, world_size, outcome_verdict(record))
-            proofs.delivered.add(seen)
+            proofs.delivered.add((store.url, entries[record.rank]))
             records.append((record, size, digest))
         if missing:
             verdict = read_verdict(store, step, world_size)
@@ -266,15 +270,31 @@ def _put_manifest(store: Store, manifest: Manifest) -> Verdict:
     return read_verdict(store, manifest.id, manifest.world_size)
 
 
-def _read_rank(
-    store: Store, step: StepId, number: int, reader: RankReader
-) -> tuple[RankManifest | Outcome, int, str]:
+def _read_ranks(
+    store: Store, step: StepId, numbers: Iterable[int], reader: RankReader
+) -> Iterator[tuple[RankManifest | Outcome, int, str]]:
+    """Yield records with their lengths and hashes; several are fetched at once."""
+
+    def fetch(number: int) -> tuple[int, bytes]:
+        return number, store.get(keys.rank(step, number), max_bytes=MAX_RECORD_BYTES)
+
+    with closing(each(store, fetch, numbers)) as fetched:
+        for number, data in fetched:
+            yield _decode_rank(step, number, data, reader), len(data), _hash(data)
+
+
+def _decode_rank(
+    step: StepId, number: int, data: bytes, reader: RankReader
+) -> RankManifest | Outcome:
     key = keys.rank(step, number)
-    data = store.get(key, max_bytes=MAX_RECORD_BYTES)
     record = reader.decode(data, key=key)
     if record.id != step or record.rank != number:
         raise CorruptError("a rank manifest of another step or rank", key=key, step=step.step)
-    return record, len(data), xxhash.xxh3_128_hexdigest(data)
+    return record
+
+
+def _hash(data: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def _read_part(store: Store, key: str, cause: Exception) -> RankManifest | Outcome:
@@ -303,7 +323,8 @@ def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
         if found is None or found[1] >= world_size:
             continue
         try:
-            record, size, digest = _read_rank(store, step, found[1], reader)
+            data = store.get(entry.key, max_bytes=MAX_RECORD_BYTES)
+            record = _decode_rank(step, found[1], data, reader)
         except ObjectNotFoundError:
             continue  # pruned meanwhile
         except CheckpointError as error:
@@ -311,7 +332,7 @@ def _why_ended(store: Store, step: StepId, world_size: int) -> Verdict:
             continue
         if isinstance(record, Outcome):
             return outcome_verdict(record)
-        parts.append((record, size, digest))
+        parts.append((record, len(data), _hash(data)))
     if damage is not None:
         return verdict_of(damage)
     missing = tuple(sorted(set(range(world_size)) - {record.rank for record, _, _ in parts}))

@@ -20,12 +20,12 @@ from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Chunk, Manifest, RankManifest
 from ckptd.pipeline.catalog import list_commits, read_manifest, read_rank
+from ckptd.pipeline.each import each
 from ckptd.pipeline.read import Loader
 from ckptd.plan.commit import manifest_of
 from ckptd.store.base import Store
 
 MAX_NAMES = 5
-_RECORD_THREADS = 8
 
 Progress = Callable[[int, int], None]
 """Raw bytes checked, of raw bytes in all; called in the thread that called `verify`."""
@@ -64,7 +64,7 @@ def verify(
     id_: StepId,
     *,
     is_data: bool = False,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check that all that a checkpoint names exists, has its length, and adds up to its manifest.
@@ -83,7 +83,7 @@ def verify_all(
     store: Store,
     *,
     is_data: bool = False,
-    threads: int = 2,
+    threads: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[VerifyReport]:
     """Check all checkpoints of a root, newest first; a chunk that several share is read once.
@@ -106,12 +106,12 @@ class _Check:
     """One listing of chunks, and what is known of each from earlier checkpoints of the run."""
 
     def __init__(
-        self, store: Store, stored: Mapping[str, int], *, is_data: bool, threads: int
+        self, store: Store, stored: Mapping[str, int], *, is_data: bool, threads: int | None
     ) -> None:
         self._store = store
         self._stored = stored
         self._is_data = is_data
-        self._threads = threads
+        self._threads = threads or store.traits.requests
         self._known: dict[Chunk, str] = {}
 
     def run(self, id_: StepId, progress: Progress | None) -> VerifyReport:
@@ -141,8 +141,7 @@ class _Check:
             except (CorruptError, UnsupportedFormatError) as error:
                 return Damage(keys.rank(manifest.id, rank), _what(error))
 
-        with ThreadPoolExecutor(_RECORD_THREADS, thread_name_prefix="ckptd-verify") as pool:
-            found = list(pool.map(read, range(manifest.world_size)))
+        found = list(each(self._store, read, range(manifest.world_size)))
         return (
             [record for record in found if isinstance(record, RankManifest)],
             [damage for damage in found if isinstance(damage, Damage)],

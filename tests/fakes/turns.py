@@ -15,6 +15,7 @@ class _TurnStore(_Around):
 
     def __init__(self, inner: Store, wait_for_turn: Callable[[], None]) -> None:
         super().__init__(inner)
+        self.traits = inner.traits._replace(requests=1)  # one call at a time, in a given order
         self._wait_for_turn = wait_for_turn
 
     def _before(self, op: Op) -> None:
