@@ -8,7 +8,6 @@ resumed job gives the same losses, bit for bit, as one that was never interrupte
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shutil
 import subprocess
@@ -18,7 +17,8 @@ import time
 from pathlib import Path
 
 import demo_report
-from demo_job import Job, Kill, settle
+from demo_job import Job, Kill
+from demo_place import Place, make_place, settle
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -32,8 +32,8 @@ ORDERED = ("--find-unused-parameters",)  # more than two ranks sum in the same o
 class Story:
     """Runs the jobs one after the other, each with a line of progress."""
 
-    def __init__(self, out: Path, root: Path, runtime: Path, progress: Progress) -> None:
-        self.work, self.root, self.progress = out / "work", root, progress
+    def __init__(self, out: Path, place: Place, runtime: Path, progress: Progress) -> None:
+        self.work, self.place, self.progress = out / "work", place, progress
         self.env = {
             **os.environ,
             "CKPTD_RUNTIME_DIR": str(runtime),
@@ -65,30 +65,14 @@ class Story:
 
     def job(self, name: str, ranks: int, steps: int, title: str, **how: object) -> Job:
         """Describe a job of the training script; `how`: root, flags."""
-        root = how.get("root", self.root)
-        assert isinstance(root, Path)
-        command = [str(PROJECT / "examples" / "gpt.py"), "--root", str(root)]
+        root = how.get("root", self.place.root)
+        assert isinstance(root, str)
+        command = [str(PROJECT / "examples" / "gpt.py"), "--root", root]
         command += ["--steps", str(steps), "--save-every", str(SAVE_EVERY)]
         command += ["--journal", str(self.work / name)]
         if how.get("is_ordered"):
             command += ORDERED
         return Job(name, ranks, title, command, root, self.work / name)
-
-    def copy(self, name: str) -> Path:
-        """Copy the root as it is once nothing writes to it, so that proofs leave the story alone."""
-        settle(self.root)
-        target = self.work / f"{name}-root"
-        shutil.copytree(self.root, target, copy_function=link_or_copy)
-        return target
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """Link a chunk, which never changes once it is there; copy anything else."""
-    if "/chunks/" in source:
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    shutil.copy2(source, target)
 
 
 def tell(story: Story) -> tuple[dict[str, Job], float]:
@@ -104,22 +88,28 @@ def tell(story: Story) -> tuple[dict[str, Job], float]:
         story.job("main-4", 4, END, f"{four} train until they are killed", is_ordered=True),
         Kill(FIRST_KILL, "writing"),
     )
-    proof_4, reference_2 = story.copy("proof-4"), story.copy("reference-2")
+    # A kill may come some saves late: the proofs go on from where it came.
+    first = jobs["main-4"].step + TAIL
+    proof_4, reference_2 = story.place.copy("proof-4"), story.place.copy("reference-2")
     add(
         story.job("main-2", 2, END, "2 ranks (DDP) resume and are killed too"),
         Kill(SECOND_KILL, "saving"),
     )
-    proof_2 = story.copy("proof-2")
+    second = jobs["main-2"].step + TAIL
+    proof_2 = story.place.copy("proof-2")
     add(story.job("main-1", 1, END, "1 process (DataParallel) resumes and finishes"))
 
     title = "proof: 4 ranks, never interrupted"
     to = FIRST_KILL + TAIL
-    add(story.job("reference-4", 4, to, title, root=story.work / "ref-4-root", is_ordered=True))
+    add(
+        story.job(
+            "reference-4", 4, to, title, root=story.place.beside("ref-4-root"), is_ordered=True
+        )
+    )
     title = "proof: 4 ranks resume what was killed"
-    add(story.job("proof-4", 4, to, title, root=proof_4, is_ordered=True))
-    to = SECOND_KILL + TAIL
-    add(story.job("reference-2", 2, to, "proof: 2 ranks, never interrupted", root=reference_2))
-    add(story.job("proof-2", 2, to, "proof: 2 ranks resume what was killed", root=proof_2))
+    add(story.job("proof-4", 4, first, title, root=proof_4, is_ordered=True))
+    add(story.job("reference-2", 2, second, "proof: 2 ranks, never interrupted", root=reference_2))
+    add(story.job("proof-2", 2, second, "proof: 2 ranks resume what was killed", root=proof_2))
     return jobs, time.monotonic() - begin
 
 
@@ -133,7 +123,8 @@ def command_line(*words: str) -> tuple[int, str]:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--root", type=Path, help="a new folder for the checkpoints (demo-out/root)"
+        "--root",
+        help="where the checkpoints go: a new folder (demo-out/root), a URL, or s3: a server of its own",
     )
     parser.add_argument("--out", type=Path, default=PROJECT / "demo-out", help="plot, logs, root")
     return parser.parse_args()
@@ -142,20 +133,24 @@ def parse_options() -> argparse.Namespace:
 def main() -> int:
     options = parse_options()
     out: Path = options.out.resolve()
-    root: Path = options.root.resolve() if options.root else out / "root"
-    if options.root and root.exists():
-        raise SystemExit(f"demo: {root} exists; name a folder that does not, or leave --root out")
     for old in (out / "work", out / "root"):
         shutil.rmtree(old, ignore_errors=True)
     (out / "work").mkdir(parents=True)
+    with make_place(options.root, out) as place:
+        return run(out, place)
+
+
+def run(out: Path, place: Place) -> int:
+    """Run everything, show the report, and leave no process behind; return the exit code."""
     runtime = Path(tempfile.mkdtemp(prefix="ckptd-d.", dir="/tmp"))
     console = Console() if sys.stdout.isatty() else Console(width=120)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     try:
         with Progress(*columns, console=console, transient=True) as progress:
-            jobs, span_s = tell(Story(out, root, runtime, progress))
-        listing = command_line("ls", str(root))
-        verified = command_line("verify", str(root), "--all", "--data", "--json")
+            jobs, span_s = tell(Story(out, place, runtime, progress))
+        settle(place.root)
+        listing = command_line("ls", place.root)
+        verified = command_line("verify", place.root, "--all", "--data", "--json")
     finally:
         leftovers = PROJECT / "scripts" / "leftovers.py"
         left = subprocess.run([sys.executable, leftovers, runtime], check=False).returncode
@@ -167,7 +162,7 @@ def main() -> int:
     plot = demo_report.plot(jobs, out / "loss.png")
     for copied in (out / "work").glob("*-root"):
         shutil.rmtree(copied)
-    console.print(f"\nplot: {plot}\nroot: {root}\ntook: {span_s:.0f} s")
+    console.print(f"\nplot: {plot}\nroot: {place.root}\ntook: {span_s:.0f} s")
     return 0 if is_good and left == 0 else 1
 
 

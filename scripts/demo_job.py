@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from demo_place import open_store
+
+from ckptd.store.base import Store
+
 JOB_TIMEOUT_S = 150.0
-SETTLE_TIMEOUT_S = 20.0
 
 Event = dict[str, Any]
 
@@ -45,7 +48,7 @@ class Job:
     """One run of the training script on `ranks` ranks."""
 
     def __init__(
-        self, name: str, ranks: int, title: str, command: list[str], root: Path, folder: Path
+        self, name: str, ranks: int, title: str, command: list[str], root: str, folder: Path
     ) -> None:
         self.name, self.ranks, self.title, self.root = name, ranks, title, root
         self.command = command
@@ -148,11 +151,12 @@ class Kill:
     """Says when a job is to be killed: within the first save from `step` on.
 
     With ``moment="saving"`` that is while a rank is inside of `save`; with ``"writing"``, while
-    chunks of the step stand in the root but not yet its manifest.
+    parts of the step stand in the root but not yet its manifest.
     """
 
     def __init__(self, step: int, moment: str) -> None:
         self.step, self.moment = step, moment
+        self._store: Store | None = None
 
     def is_due(self, job: Job) -> bool:
         """Look once. Sets what the job was killed in when it answers True."""
@@ -163,35 +167,21 @@ class Kill:
         if self.moment == "saving":
             is_inside = job.journals[0].events[-1]["event"] == "saving"
             return self._note(job, f"inside of save({step})", is_inside)
-        attempt = max((p.name for p in (job.root / "attempts").iterdir()), default="")
+        if self._store is None:
+            self._store = open_store(job.root)
+        attempt = max((e.key.rpartition("/")[2] for e in self._store.list("attempts/")), default="")
         name = f"{step:012d}-{attempt}"
-        is_committed = (job.root / "checkpoints" / name).exists()
-        return self._note(
-            job, f"chunks of step {step} being written", not is_committed and _born(job.root, name)
-        )
+        # In this order: a manifest that is not there after its parts were may come at any moment.
+        parts = [f"ranks/{name}/"]
+        if "://" not in job.root:  # a folder lists its chunks in no time
+            parts.append("chunks/")
+        is_born = any(name in e.key for prefix in parts for e in self._store.list(prefix))
+        is_committed = any(e.key.endswith(name) for e in self._store.list("checkpoints/"))
+        is_due = is_born and not is_committed
+        return self._note(job, f"step {step} being written", is_due)
 
     @staticmethod
     def _note(job: Job, moment: str, is_due: bool) -> bool:  # noqa: FBT001
         if is_due:
             job.killed_in = moment
         return is_due
-
-
-def _born(root: Path, name: str) -> bool:
-    return any(
-        chunk.name.endswith(name)
-        for folder in os.scandir(root / "chunks")
-        for chunk in os.scandir(folder)
-    )
-
-
-def settle(root: Path) -> None:
-    """Wait until a daemon that outlived its trainers has written what it was given."""
-    deadline = time.monotonic() + SETTLE_TIMEOUT_S
-    before: set[str] = set()
-    quiet_since = time.monotonic()
-    while time.monotonic() < min(deadline, quiet_since + 1.0):
-        now = {str(path) for path in root.rglob("*")}
-        if now != before:
-            before, quiet_since = now, time.monotonic()
-        time.sleep(0.1)
