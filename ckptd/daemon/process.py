@@ -103,11 +103,17 @@ def _take_signals(handler: Callable[[int, FrameType | None], None], wake_fd: int
 
 
 def set_up_log(level: str) -> None:
-    """Write the log of this process to standard error, one line an event."""
+    """Write the log of this process to standard error, one line an event.
+
+    Of other packages only warnings are written: at finer levels botocore logs requests with their
+    session tokens, and s3fs its settings.
+    """
+    least = logging.getLevelName(level.upper())
     logging.basicConfig(
-        level=level.upper(),
+        level=max(least, logging.WARNING),
         format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
     )
+    logging.getLogger("ckptd").setLevel(least)
 
 
 def main(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
