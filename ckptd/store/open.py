@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import unquote
 
 from ckptd.errors import ConfigError
@@ -19,6 +19,7 @@ _MEMORY = re.compile(r"memory://[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", re.ASCII)
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html, and what clones take
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]", re.ASCII)
 _SEGMENT = re.compile(r"[^/\x00-\x1f\x7f?#*\\]+")
+_CLIENT = "?client="
 _S3 = frozenset({"s3", "s3a", "s3n"})
 _NOT_ROOTS = frozenset({"http", "https", "ftp", "zip", "tar", "data", "git", "github", "local",
                         "filecache", "simplecache", "blockcache", "cached", "reference", "dir"})  # fmt: skip
@@ -49,18 +50,31 @@ def open_store(url: str, storage_options: Mapping[str, object] | None = None) ->
 
 def _open_remote(url: str, scheme: str, options: Mapping[str, object]) -> Store:
     limits, rest = split_options(options)
-    path = url.partition("://")[2]
-    client: ObjectClient
+    path, _, client_name = url.partition("://")[2].partition(_CLIENT)
     if scheme == "s3":
-        from ckptd.store.s3 import S3Client  # noqa: PLC0415 - half a second to import
-
         bucket, _, prefix = path.partition("/")
-        client = S3Client(bucket, prefix + "/" if prefix else "", rest, limits)
+        make = _s3_client(client_name)
+        client = make(bucket, prefix + "/" if prefix else "", rest, limits)
         return RemoteStore(url, client, limits)
     from ckptd.store.anyfs import CONDITIONAL, FsspecClient  # noqa: PLC0415 - as above
 
-    client = FsspecClient(scheme, path, rest, limits)
-    return RemoteStore(url, client, limits, has_conditional_put=scheme in CONDITIONAL)
+    files = FsspecClient(scheme, path, rest, limits)
+    return RemoteStore(url, files, limits, has_conditional_put=scheme in CONDITIONAL)
+
+
+def _s3_client(name: str) -> Callable[..., ObjectClient]:
+    """Return the class of a client; each takes a third of a second or more to import."""
+    if name == "obstore":
+        try:
+            from ckptd.store.s3_obstore import ObstoreClient  # noqa: PLC0415 - as above
+        except ImportError as error:
+            raise ConfigError(
+                f"?client=obstore needs obstore ({error}): pip install 'ckptd[obstore]'"
+            ) from error
+        return ObstoreClient
+    from ckptd.store.s3 import S3Client  # noqa: PLC0415 - as above
+
+    return S3Client
 
 
 def normalise_url(url: str) -> str:
@@ -93,6 +107,9 @@ def _normalise_remote(url: str, scheme: str) -> str:
         raise ConfigError(f"{scheme}:// cannot hold checkpoints; give a path or a bucket")
     scheme = "s3" if scheme in _S3 else scheme
     rest = re.sub(r"^[^:]*:/", "", url)
+    rest, _, client = rest.partition(_CLIENT) if scheme == "s3" else (rest, "", "")
+    if client not in {"", "s3fs", "obstore"}:
+        raise ConfigError(f"cannot read {url!r}; write ?client=s3fs or ?client=obstore")
     parts = rest.strip("/").split("/")
     is_fine = rest.startswith("/") and all(
         _SEGMENT.fullmatch(part) and part not in {".", ".."} for part in parts
@@ -101,7 +118,8 @@ def _normalise_remote(url: str, scheme: str) -> str:
         is_fine = False
     if not is_fine or rest.startswith("//"):
         raise ConfigError(f"cannot read {url!r}; write {scheme}://bucket/path, without '?' and '#'")
-    return f"{scheme}://{'/'.join(parts)}"
+    query = _CLIENT + client if client == "obstore" else ""
+    return f"{scheme}://{'/'.join(parts)}{query}"
 
 
 def _normalise_path(path: str) -> str:

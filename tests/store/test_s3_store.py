@@ -32,6 +32,12 @@ class TestS3Store(StoreContract):
         return open_s3()
 
 
+class TestObstoreStore(StoreContract):
+    @pytest.fixture
+    def store(self, open_s3: Open, bucket: str) -> Store:
+        return open_s3(url=f"s3://{bucket}/run?client=obstore")
+
+
 class TestFsspecStore(StoreContract):
     """Any other file system of fsspec, as far as its own memory stands for it."""
 
