@@ -9,6 +9,10 @@ from ckptd.errors import ConfigError
 from ckptd.store.base import Buffer, Entry
 
 
+REQUEST_TIMEOUT_S = 30.0
+RETRY_S = 90.0
+
+
 class Limits(NamedTuple):
     """How long one request may take, and how long one call may try again.
 
@@ -17,9 +21,9 @@ class Limits(NamedTuple):
     `attempts`.
     """
 
-    request_timeout_s: float = 30.0
+    request_timeout_s: float = REQUEST_TIMEOUT_S
     slowest_bytes_s: int = 512 << 10
-    retry_s: float = 90.0
+    retry_s: float = RETRY_S
     attempts: int = 6
 
     def timeout_s(self, count: int) -> float:
