@@ -80,16 +80,17 @@ class Loader:
             if chunk.stored_bytes > stored_bound(chunk.raw_bytes):
                 raise CorruptError("a chunk that is longer than any coding of it")
             self._held = range(0)
-            header = self._header(chunk, is_first_wanted=0 in wanted[:1])
+            header = self._header(chunk, wanted)
         for place, number in enumerate(wanted):
             with _damage_of(chunk):
                 raw = self._decode(chunk, header, wanted[place:])
             yield _Block(number * BLOCK_BYTES, raw)
 
-    def _header(self, chunk: Chunk, *, is_first_wanted: bool) -> Header:
-        """Fetch the header, and what follows it if that is wanted too."""
+    def _header(self, chunk: Chunk, wanted: Sequence[int]) -> Header:
+        """Fetch the header, and the wanted blocks that follow it: they are no longer than raw."""
         size = header_bytes(chunk.raw_bytes)
-        most = min(chunk.stored_bytes, len(self._window)) if is_first_wanted else size
+        first = next((place for place, number in enumerate(wanted) if place != number), len(wanted))
+        most = min(size + first * BLOCK_BYTES, chunk.stored_bytes, len(self._window))
         try:
             return self._read_header(chunk, max(size, most))
         except (CorruptError, UnsupportedFormatError):

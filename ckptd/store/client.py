@@ -8,7 +8,6 @@ from typing import NamedTuple, Protocol
 from ckptd.errors import ConfigError
 from ckptd.store.base import Buffer, Entry
 
-
 REQUEST_TIMEOUT_S = 30.0
 RETRY_S = 90.0
 

@@ -30,10 +30,19 @@ class LoopThread:
 
         Raises:
             TimeoutError: it took too long. If the loop itself hangs, what it was doing may go on.
+            ConnectionAbortedError: the loop was closed, before or meanwhile.
         """
-        future = asyncio.run_coroutine_threadsafe(_bounded(coroutine, timeout_s), self.loop)
+        bounded = _bounded(coroutine, timeout_s)
+        try:
+            future = asyncio.run_coroutine_threadsafe(bounded, self.loop)
+        except RuntimeError as error:
+            bounded.close()
+            coroutine.close()
+            raise ConnectionAbortedError("it is closed") from error
         try:
             return future.result(timeout_s + _GRACE_S)
+        except concurrent.futures.CancelledError:
+            raise ConnectionAbortedError("it was closed meanwhile") from None
         except _TIMEOUTS as error:
             raise TimeoutError(f"no answer within {timeout_s:.0f} s") from error
         finally:
@@ -55,6 +64,9 @@ class LoopThread:
         for task in tasks:
             task.cancel()
         self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        # Closed, a connection still waits for a peer that does not read what was sent before.
+        for transport in list(getattr(self.loop, "_transports", {}).values()):
+            transport.abort()
         self.loop.run_until_complete(self.loop.shutdown_asyncgens())
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
 

@@ -50,6 +50,8 @@ class RemoteStore:
         self._client = client
         self._limits = limits
         self._has_warned = False
+        self._renewing = threading.Lock()  # guards `_renewals`, which counts them
+        self._renewals = 0
         self._rng = random.Random()  # noqa: S311 - jitter
         self._locks = [threading.Lock() for _ in range(_LOCKS)]  # each guards some keys' `put_new`
 
@@ -152,11 +154,15 @@ class RemoteStore:
 
     def _tried(self, operation: Callable[[], T]) -> T:
         """Return what `operation` returns; look for credentials once where they are not taken."""
+        seen = self._renewals
         try:
             return self._retrying(operation)
         except CredentialsError as error:
-            log.warning("%s; looking for credentials anew", error)
-            self._client.renew()
+            with self._renewing:
+                if self._renewals == seen:  # else another thread looked since this call began
+                    log.warning("%s; looking for credentials anew", error)
+                    self._client.renew()
+                    self._renewals += 1
             return self._retrying(operation)
 
     def _retrying(self, operation: Callable[[], T]) -> T:

@@ -12,8 +12,9 @@ import base64
 import email.utils
 import re
 import zlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import botocore.exceptions as boto
@@ -25,18 +26,16 @@ from ckptd.errors import (
     CkptdError,
     ConfigError,
     CredentialsError,
-    ObjectNotFoundError,
     StoreError,
     StoreUnavailableError,
 )
 from ckptd.store.base import Buffer, Entry, check_range
+from ckptd.store.bodies import Body, Target, fill
 from ckptd.store.client import Limits, Page
 from ckptd.store.codes import answer_of, translate
 from ckptd.store.loop import LoopThread
 
 MAX_CONNECTIONS = 64
-_SLICE_BYTES = 256 << 10
-_READ_BYTES = 1 << 20
 _NO_CONDITION = frozenset({"NotImplemented", "501", "InvalidArgument.IfNoneMatch"})
 _NO_CREDENTIALS = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError,
@@ -48,7 +47,7 @@ _SETTINGS = (
     boto.InvalidConfigError, boto.UnknownServiceError, boto.InvalidEndpointConfigurationError,
     boto.ConfigParseError, boto.ConfigNotFound,
 )  # fmt: skip
-_RANGE = re.compile(r"bytes [0-9]+-[0-9]+/([0-9]+)", re.ASCII)
+_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)", re.ASCII)
 
 
 class S3Client:
@@ -93,10 +92,14 @@ class S3Client:
                     digest = zlib.crc32(view).to_bytes(4, "big")
                     kwargs["ChecksumCRC32"] = base64.b64encode(digest).decode()
                 answer = self._run(
-                    self._call("put_object", key, Body=_Body(view), **kwargs), view.nbytes
+                    self._call("put_object", key, Body=Body(view), **kwargs), view.nbytes
                 )
         except _NoConditionError:
             return False
+        except StoreUnavailableError as error:
+            if _is_redirect(error.__cause__):
+                self.page("attempts/", None)  # from a listing, botocore learns the region
+            raise
         if not answer.get("ETag"):
             raise StoreUnavailableError(key, "the answer to a PUT names no object; read back")
         self._versions = self._versions or answer.get("VersionId", "null") != "null"
@@ -110,7 +113,7 @@ class S3Client:
 
     def read_into(self, key: str, offset: int, out: memoryview) -> int:
         """See `Store.read_into`."""
-        target = _Target(out)
+        target = Target(out)
         try:
             with self._border(key):
                 size: int = self._run(self._read(key, offset, target), out.nbytes)
@@ -120,12 +123,9 @@ class S3Client:
 
     def size(self, key: str) -> int:
         """See `ObjectClient.size`."""
-        try:
-            with self._border(key):
-                return int(self._run(self._call("head_object", key), 0)["ContentLength"])
-        except ObjectNotFoundError:
-            self.page("attempts/", None)  # a HEAD's 404 does not say whether there is a bucket
-            raise
+        with self._border(key):
+            size: int = self._run(self._size(key), 0)
+            return size
 
     def page(self, prefix: str, after: str | None) -> Page:
         """See `ObjectClient.page`."""
@@ -194,6 +194,7 @@ class S3Client:
                 self._is_checked = config.request_checksum_calculation != "when_required"
                 # It makes a request hang for ever where the server answers neither yes nor no.
                 client.meta.events.unregister("before-call.s3", add_expect_header)
+                client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
                 self._client = client
             return self._client
 
@@ -211,29 +212,38 @@ class S3Client:
         answer = await self._call("get_object", key)
         count = answer["ContentLength"]
         async with answer["Body"] as body:
+            _check_object(answer, key)
             if count > max_bytes:
                 body.close()
                 raise StoreError(key, f"{count} bytes, more than the {max_bytes} allowed")
             data = bytearray(count)
-            await _fill(body, _Target(memoryview(data)), key)
+            await fill(body, Target(memoryview(data)), key)
         return bytes(data)
 
-    async def _read(self, key: str, offset: int, target: _Target) -> int:
+    async def _read(self, key: str, offset: int, target: Target) -> int:
         answer = await self._call(
             "get_object", key, Range=f"bytes={offset}-{offset + target.wanted - 1}"
         )
         async with answer["Body"] as body:
-            found = _RANGE.fullmatch(answer.get("ContentRange", ""))
-            size = int(found[1]) if found else answer["ContentLength"]
             try:
+                size = _size_of(answer, key, offset)
                 check_range(key, offset, target.wanted, size)
-                if not found and offset:
-                    raise StoreUnavailableError(key, "the store does not read ranges")
             except StoreError:
                 body.close()
                 raise
-            await _fill(body, target, key)
+            await fill(body, target, key)
             return size
+
+    async def _size(self, key: str) -> int:
+        """Ask for one byte: the answer to a HEAD has no body that says why something failed."""
+        try:
+            answer = await self._call("get_object", key, Range="bytes=0-0")
+        except boto.ClientError as error:
+            if answer_of(error.response).status == 416:
+                return 0
+            raise
+        answer["Body"].close()
+        return _size_of(answer, key)
 
     @contextmanager
     def _border(self, key: str) -> Iterator[None]:
@@ -259,74 +269,52 @@ class S3Client:
             raise StoreUnavailableError(key, f"s3://{self._bucket} failed ({why})") from error
 
 
+class _Unasked:
+    """The answer to a request that was not sent."""
+
+    status_code = 400
+
+
+_has_asked: ContextVar[bool] = ContextVar("has_asked", default=False)
+
+
+def _ask_once(**_: object) -> tuple[type[_Unasked], dict[str, Any]] | None:
+    """Let a request ask for the bucket's region once.
+
+    Sent elsewhere without being told where, botocore asks by `HeadBucket`; if that is answered the
+    same, as by a proxy that sends everybody to https, it would ask for ever
+    (`botocore.utils.S3RegionRedirectorv2`).
+    """
+    if not _has_asked.get():
+        _has_asked.set(True)
+        return None
+    return _Unasked, {"Error": {}, "ResponseMetadata": {"HTTPHeaders": {}}}
+
+
+def _is_redirect(error: BaseException | None) -> bool:
+    """Tell whether aiohttp was sent elsewhere with a body that it cannot send again."""
+    sent = getattr(error, "kwargs", {}).get("error")
+    return isinstance(sent, HttpError) and "redirect" in str(sent)
+
+
 class _NoConditionError(StoreError):
     """The service knows no condition for a PUT."""
 
 
-class _Body:
-    """Bytes of the caller as the body of a request, sent without a copy of the whole.
-
-    botocore takes what has `read`, `seek`, `tell` and a length; aiohttp what can be iterated over
-    asynchronously, at its own pace. Each slice is a copy, since a connection that is being closed
-    may still send what it was given while the caller's buffer has been used again.
-    """
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-        self._at = 0
-
-    def __len__(self) -> int:
-        return self._view.nbytes
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = offset + (0, self._at, len(self))[whence]
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        end = len(self) if count is None or count < 0 else min(len(self), self._at + count)
-        begin, self._at = self._at, max(self._at, end)
-        return bytes(self._view[begin : self._at])
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        for begin in range(0, len(self), _SLICE_BYTES):
-            yield bytes(self._view[begin : begin + _SLICE_BYTES])
+def _check_object(answer: Mapping[str, Any], key: str) -> None:
+    """Check that an answer is an object: with status 200 may come an error, or another's page."""
+    if not answer.get("ETag"):
+        answer["Body"].close()
+        raise StoreUnavailableError(key, "what the store answered is no object")
 
 
-class _Target:
-    """Memory of the caller that an answer is written into, until `end`."""
-
-    def __init__(self, view: memoryview) -> None:
-        self.wanted = view.nbytes
-        self.count = 0
-        self._view: memoryview | None = view
-
-    def write(self, data: bytes) -> bool:
-        """Take the next bytes; False if there are more than were asked for."""
-        end = self.count + len(data)
-        if self._view is None or end > self.wanted:
-            return False
-        self._view[self.count : end] = data
-        self.count = end
-        return True
-
-    def end(self) -> None:
-        """Never write again."""
-        self._view = None
-
-
-async def _fill(body: Any, target: _Target, key: str) -> None:
-    while data := await body.read(_READ_BYTES):  # what has come by now, at most so much
-        if not target.write(data):
-            body.close()
-            raise StoreUnavailableError(key, "the store sent more bytes than were asked for")
-    if target.count != target.wanted:
-        body.close()
-        raise StoreUnavailableError(
-            key, f"the store sent {target.count} of {target.wanted} bytes; they may come later"
-        )
+def _size_of(answer: Mapping[str, Any], key: str, offset: int = 0) -> int:
+    """Return the length of the object of which an answer has a part, from `offset` on."""
+    _check_object(answer, key)
+    found = _RANGE.fullmatch(answer.get("ContentRange", ""))
+    if int(found[1]) != offset if found else offset:
+        raise StoreUnavailableError(key, "the store does not read the range that it was asked for")
+    return int(found[2]) if found else int(answer["ContentLength"])
 
 
 def _filesystem(options: Mapping[str, object], loop: LoopThread) -> Any:
