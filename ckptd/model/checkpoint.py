@@ -7,6 +7,7 @@ import msgspec
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest
 from ckptd.model.tensor import Tensor
+from ckptd.units import format_bytes
 
 
 class TensorSummary(msgspec.Struct, frozen=True):
@@ -55,6 +56,13 @@ class Checkpoint(msgspec.Struct, frozen=True):
     tensors: tuple[TensorSummary, ...]
     aliases: dict[str, str]
     differing: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """Say which one it is: a thousand tensors are nothing to read in a log."""
+        size = f"{len(self.tensors)} tensors, {format_bytes(self.bytes)}"
+        return (
+            f"Checkpoint(step={self.step}, attempt={self.attempt}, {size}, metrics={self.metrics})"
+        )
 
     @property
     def id(self) -> StepId:

@@ -127,3 +127,14 @@ def test_a_store_that_does_not_answer_raises(store: MemoryStore, name: str) -> N
     with pytest.raises(StoreUnavailableError):
         commit_whole_steps(failing)
     assert commit_whole_steps(store) == [StepId(1, 20)]
+
+
+def test_n16_nothing_is_committed_where_another_one_might_win_too(
+    store: MemoryStore, caplog
+) -> None:
+    Save(StepId(1, 20), previous=OLD).deliver_all(store)
+    store.has_conditional_put = False
+    assert commit_whole_steps(store) == []
+    assert "only the daemon of rank 0" in caplog.text
+    with pytest.raises(ObjectNotFoundError):
+        terminal(store, StepId(1, 20))

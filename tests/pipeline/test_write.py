@@ -281,3 +281,44 @@ def test_writing_goes_on_after_the_pool_was_closed(store: MemoryStore) -> None:
     array = noise(1)
     (chunk,) = writer.write(store, BIRTH, [source(array)], "auto")
     assert read_back(store, chunk) == array.tobytes()
+
+
+def test_n16_where_ranks_may_overwrite_each_other_their_chunks_are_the_same_bytes(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptd.pipeline.pace.Pace.is_worth_coding", lambda _pace: False)
+    store.has_conditional_put = False
+    writer = ChunkWriter(workers=1)
+    (chunk,) = writer.write(store, BIRTH, [source(noise(1, MIB))], "auto")
+    writer.close()
+    assert codecs_of(store, chunk) == {PLANES32}, "coded by a rule, not by how fast the store was"
+
+
+def test_a_snapshot_may_have_many_thousand_chunks(store: MemoryStore) -> None:
+    writer = ChunkWriter(workers=2)
+    raw = noise(1, 10_001 * 16).tobytes()
+    parts = [memoryview(raw)[at : at + 64] for at in range(0, len(raw), 64)]
+    chunks = writer.write(store, BIRTH, [Source("float32", p, lambda: None) for p in parts], "none")
+    writer.close()
+    assert len({chunk.id.key for chunk in chunks}) == 10_001
+    assert len({chunk.id.key.split("/")[1] for chunk in chunks}) == 256, "spread over all prefixes"
+    assert read_back(store, chunks[-1]) == bytes(parts[-1])
+
+
+def test_a_store_has_no_more_in_flight_than_it_is_worth(store: MemoryStore) -> None:
+    most = 0
+    lock = threading.Lock()
+
+    class Slow(MemoryStore):
+        traits = MemoryStore.traits._replace(budget_bytes=3 * MIB)
+
+        def put_new(self, key: str, data: object, *, is_deferred: bool = False) -> None:
+            nonlocal most
+            with lock:
+                most = max(most, writer.buffers._lent_bytes)
+            super().put_new(key, data, is_deferred=is_deferred)  # type: ignore[arg-type]
+
+    writer = ChunkWriter(workers=2)
+    writer.write(Slow(), BIRTH, [source(noise(n, MIB // 4)) for n in range(12)], "none")
+    writer.close()
+    assert MIB <= most <= 3 * MIB

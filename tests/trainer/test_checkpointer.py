@@ -614,6 +614,8 @@ def test_a_handle_says_what_it_knows(tmp_path: Path) -> None:
         handle = ckpt.save(1, {"epoch": 1})
         handle.result(60)
         assert repr(handle) == "Handle(step=1, durable)"
+        said = "Checkpoint(step=1, attempt=1, 0 tensors, 0 B, metrics={})"
+        assert repr(handle.result(60)) == said
 
 
 def test_p5_a_socket_that_cannot_be_used_is_told_at_once(
