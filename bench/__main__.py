@@ -30,6 +30,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
         description="What checkpoints cost a training job, beside other engines, on this machine.",
+        epilog="scripts/bench s3 --help: PUT and GET beside other S3 clients, a program of its own.",
     )
     parser.add_argument(
         "what", nargs="?", default="all", choices=["all", *PARTS, "limits"],
@@ -194,6 +195,10 @@ def _plain(value: Any) -> Any:
 
 def main() -> int:
     """Run the benchmark."""
+    if sys.argv[1:2] == ["s3"]:
+        from bench import s3
+
+        return s3.main(sys.argv[2:])
     options = parse_options()
     try:
         choose(options.engines)

@@ -132,11 +132,16 @@ def exponent_bits(values: np.ndarray[Any, Any]) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
+def look_trained(matrix: torch.Tensor) -> None:
+    """Fill a matrix as a trained layer's weights are spread: its rows vary in width."""
+    widths = torch.empty(len(matrix), 1).log_normal_(0.0, 0.5)
+    matrix.normal_(0.0, 0.02).mul_(widths)
+
+
 def _look_trained(model: torch.nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:
-                widths = torch.empty(len(parameter), 1).log_normal_(0.0, 0.5)
-                parameter.normal_(0.0, 0.02).mul_(widths)
+                look_trained(parameter)
             elif name.endswith("norm.weight") or ".norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

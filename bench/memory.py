@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,73 @@ def parse_rollup(text: bytes) -> tuple[int, int]:
         if words and words[0] in _FIELDS:
             found[_FIELDS[words[0]]] = int(words[1]) * 1024
     return found["pss"] - found["shmem"] - found["file"], found["shmem"]
+
+
+def held_bytes(pid: int) -> int:
+    """Return the memory of a process that no file backs, shared memory included; 0 if it is gone.
+
+    Unlike the shares of ``smaps_rollup`` it costs a few microseconds to ask.
+    """
+    found = 0
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_bytes().splitlines():
+            if line.startswith((b"RssAnon:", b"RssShmem:")):
+                found += int(line.split()[1]) * 1024
+    return found
+
+
+def mapped_bytes(pid: int, name: str) -> int:
+    """Return how much of a process's memory belongs to mappings of what is called `name`."""
+    found, is_it = 0, False
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            words = line.split()
+            if not words[0].endswith(":"):  # the first line of a mapping
+                is_it = name in line
+            elif is_it and words[0] == "Rss:":
+                found += int(words[1]) * 1024
+    return found
+
+
+def cpu_s(pid: int) -> float:
+    """Return the processor seconds of a process until now, 0 if it is gone."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+class OwnPeak:
+    """The most memory that processes hold while the block runs, less what is mapped as `shared`.
+
+    Buffers that Python's ``mmap`` makes are shared memory to the kernel, so they are counted, and
+    the mappings called `shared` are taken off as they are at the end of the block.
+    """
+
+    def __init__(self, pids: Sequence[int], shared: str, interval_s: float = 0.01) -> None:
+        self._pids = pids
+        self._shared = shared
+        self._interval_s = interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self.bytes = 0
+
+    def __enter__(self) -> OwnPeak:  # noqa: PYI034 - Self is not in Python 3.10
+        if self._pids:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        if self._pids:
+            self._thread.join()
+            self.bytes -= sum(mapped_bytes(pid, self._shared) for pid in self._pids)
+
+    def _run(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, sum(held_bytes(pid) for pid in self._pids))
+            if self._stop.wait(self._interval_s):
+                return
 
 
 class Watch:

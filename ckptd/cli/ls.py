@@ -22,9 +22,7 @@ _MAX_METRICS = 3
 def command(
     root: Annotated[
         str,
-        typer.Argument(
-            metavar="ROOT", help="Folder (or file:// URL) of a root.", show_default=False
-        ),
+        typer.Argument(metavar="ROOT", help="Folder or URL of a root.", show_default=False),
     ],
     *,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -16,7 +16,7 @@ from ckptd.store.root import check_root
 
 Src = Annotated[
     str,
-    typer.Argument(metavar="SRC", help="Folder (or file:// URL) of a root.", show_default=False),
+    typer.Argument(metavar="SRC", help="Folder or URL of a root.", show_default=False),
 ]
 Step = Annotated[
     str | None, typer.Option(help="1000 on the line, or 1000-0003 for any; else the newest.")

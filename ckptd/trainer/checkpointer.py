@@ -44,7 +44,7 @@ class Checkpointer:
     Methods belong to the thread that trains, handles to any; a forked child must not use it.
 
     Args:
-        url: a folder that every rank sees, or ``file://`` of one; ``memory://name`` for tests, with
+        url: a folder that every rank sees, ``s3://bucket/path`` or another URL; ``memory://name`` for tests, with
             ``daemon=False``.
         daemon: True finds or starts the daemon of this user and root on this node (or uses
             ``$CKPTD_SOCKET``); a path is the socket of one that runs as a service; False does its
