@@ -33,7 +33,8 @@ SLOTS = "memfd:ckptd-arena"  # what trainer and daemon share
 CLIENTS: list[type[Client]] = [
     s3_clients.Floor, s3_clients.Boto3, s3_clients.S3fsPipe, s3_clients.S3fsFile,
     s3_jobs.DcpFsspec, s3_jobs.DcpS3torch, s3_clients.Obstore, s3_clients.ObstoreFsspec,
-    s3_jobs.CkptdClient, s3_jobs.Ckptd, s3_jobs.CkptdAuto,
+    s3_jobs.CkptdClient, s3_jobs.CkptdObstoreClient, s3_jobs.Ckptd, s3_jobs.CkptdObstore,
+    s3_jobs.CkptdAuto,
 ]  # fmt: skip
 VERSIONS = ("boto3", "aiobotocore", "s3fs", "obstore", "s3torchconnector", "torch", "moto")
 

@@ -106,11 +106,12 @@ class CkptdClient(Threaded):
     name = "ckptd-client"
     note = f"put_new and read_into ({TRAITS.window_bytes >> 20} MiB) from {TRAITS.requests} threads"
     threads = TRAITS.requests
+    query = ""
 
     def open(self, parts: Sequence[bytes]) -> None:
         """Open the store."""
         super().open(parts)
-        url = f"s3://{self.place.bucket}/{self.place.prefix}"
+        url = f"s3://{self.place.bucket}/{self.place.prefix}{self.query}"
         self._store = open_store(url, self.place.ckptd_options())
 
     def close(self) -> None:
@@ -140,12 +141,22 @@ class CkptdClient(Threaded):
         return keys.ChunkId(digest, keys.StepId(attempt=1, step=turn)).key
 
 
+class CkptdObstoreClient(CkptdClient):
+    """The same through the optional client."""
+
+    name = "ckptd-client-obstore"
+    note = "as ckptd-client, with ?client=obstore"
+    needs = "obstore"
+    query = "?client=obstore"
+
+
 class Ckptd(Client):
     """A whole save: chunks, the rank's record and the commit, by a daemon that runs already."""
 
     name = "ckptd"
-    note = 'compression="none": put is from save() to durable, get a Checkpointer and its resume()'
+    note = 'compression="none": put is from save() to the commit, get is ckptd.restore()'
     compression = "none"
+    query = ""
     budget_bytes = TRAITS.budget_bytes
 
     def open(self, parts: Sequence[bytes]) -> None:
@@ -162,7 +173,10 @@ class Ckptd(Client):
     def put(self, turn: int, parts: Sequence[bytes]) -> None:
         """Save, and wait until it is durable."""
         del parts
-        self._ckpt.save(turn, {"tensors": self._tensors}).result(WAIT_S)
+        handle = self._ckpt.save(turn, {"tensors": self._tensors})
+        self._ckpt.wait(WAIT_S)
+        if not handle.is_done:
+            raise RuntimeError(f"step {turn} was not durable within {WAIT_S} s")
         if not self.pids:  # the first save, which does not count
             options = self._ckpt.options
             path = socket_path(options.url, options.storage_options, os.environ)
@@ -172,11 +186,12 @@ class Ckptd(Client):
             self.pids = [answer["pid"]]
 
     def get(self, turn: int, out: Sequence[memoryview]) -> Sequence[Part]:
-        """Resume with a Checkpointer of its own, as a job that was started again does."""
-        self._again = self._checkpointer()
-        resumed = self._again.resume({"tensors": self.live(out)}, step=turn)
-        if resumed is None or resumed.step != turn:
-            raise RuntimeError(f"resumed {resumed and resumed.step} and not {turn}")
+        """Restore into live tensors, as another job would that goes on from here."""
+        del turn
+        ckptd.restore(
+            self._ckpt.options.url, {"tensors": self.live(out)},
+            storage_options=self.place.ckptd_options(),
+        )  # fmt: skip
         return out
 
     def live(self, out: Sequence[memoryview]) -> dict[str, torch.Tensor]:
@@ -184,8 +199,7 @@ class Ckptd(Client):
         return tensors_of(out)
 
     def discard(self, turn: int) -> None:
-        """Delete what belongs to the step; the attempts stay."""
-        self._again.close()
+        """Delete what belongs to the step; the attempt stays."""
         mark = str(keys.StepId(attempt=self._ckpt.attempt.ordinal, step=turn))
         self.place.clear([key for key in self.place.sizes() if mark in key])
 
@@ -195,9 +209,18 @@ class Ckptd(Client):
 
     def _checkpointer(self) -> ckptd.Checkpointer:
         return ckptd.Checkpointer(
-            f"s3://{self.place.bucket}/{self.place.prefix}", compression=self.compression,
+            f"s3://{self.place.bucket}/{self.place.prefix}{self.query}", compression=self.compression,
             storage_options=self.place.ckptd_options(),
         )  # fmt: skip
+
+
+class CkptdObstore(Ckptd):
+    """The same through the optional client."""
+
+    name = "ckptd-obstore"
+    note = "as ckptd, with ?client=obstore"
+    needs = "obstore"
+    query = "?client=obstore"
 
 
 class CkptdAuto(Ckptd):

@@ -88,7 +88,6 @@ class Place(NamedTuple):
         found: dict[str, object] = {"key": self.key, "secret": self.secret}
         if self.endpoint:
             found["endpoint_url"] = self.endpoint
-            found["config_kwargs"] = {"s3": {"addressing_style": "path"}}
         else:
             found["client_kwargs"] = {"region_name": self.region}
         return {**found, "token": self.token} if self.token else found

@@ -96,6 +96,10 @@ class StoreRefusedError(StoreError):
     """The store does not take the request as it is: a setting, not the object, is wrong."""
 
 
+class StoreUnsupportedError(StoreRefusedError):
+    """The service says that it does not know this kind of request."""
+
+
 class BucketNotFoundError(StoreRefusedError):
     """There is no such bucket, or not at this endpoint and in this region."""
 

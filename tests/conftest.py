@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 # `ckptd`, `tests.fakes` and `tests.contracts` are found from wherever pytest is started.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.fakes.s3_fixtures import bucket, moto, open_s3, proxy  # noqa: F401 - fixtures
+from tests.fakes.s3_fixtures import bucket, moto, open_obstore, open_s3, proxy, waits  # noqa: F401
 
 # The same examples in every run, however slow the machine: a change that passes does not fail the
 # next one. `CKPTD_EXAMPLES=random` looks for new ones.

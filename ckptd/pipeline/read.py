@@ -24,6 +24,7 @@ from ckptd.codec.chunk import (
 )
 from ckptd.errors import CorruptError, ObjectNotFoundError, StoreError, UnsupportedFormatError
 from ckptd.model.manifest import Chunk
+from ckptd.pipeline.threads import usable_cores
 from ckptd.plan.reading import ChunkRead, Region
 from ckptd.store.base import Store
 from ckptd.units import MIB
@@ -36,6 +37,14 @@ Progress = Callable[[int, int], None]
 """Told of bytes done and bytes in all, by any thread."""
 
 BUDGET_BYTES = 256 * MIB
+
+
+def readers_of(store: Store) -> int:
+    """Return how many threads read: as many as the store likes, and this machine has use for.
+
+    Each has a window of its own, and memory that was never used costs more than a copy does.
+    """
+    return min(store.traits.requests, max(4, 2 * usable_cores()))
 
 
 def plain_buffer(count: int) -> Bytes:
@@ -199,7 +208,7 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
         read.chunk.raw_bytes for read, row in zip(reads, puts, strict=True) if None in row
     ]  # fmt: skip
     each_bytes = store.traits.window_bytes + BLOCK_BYTES + max(staged, default=0)
-    workers = max(1, min(threads or store.traits.requests, len(reads), budget_bytes // each_bytes))
+    workers = max(1, min(threads or readers_of(store), len(reads), budget_bytes // each_bytes))
     tally = _Tally(sum(map(_needed_bytes, reads)), progress)
     local = threading.local()
     stop = threading.Event()

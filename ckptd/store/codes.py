@@ -20,6 +20,7 @@ from ckptd.errors import (
     StoreFullError,
     StoreRefusedError,
     StoreUnavailableError,
+    StoreUnsupportedError,
 )
 
 
@@ -52,6 +53,7 @@ _REGION = _Meaning(
     "the bucket is in another region, or at another endpoint; set region_name or endpoint_url",
 )
 _FULL = _Meaning(StoreFullError, "the store has no room left; prune, or raise its quota")
+_UNSUPPORTED = _Meaning(StoreUnsupportedError, "the service does not know this request")
 _REFUSED = _Meaning(StoreRefusedError, "the store does not take this request")
 
 _CODES: dict[str, _Meaning] = {
@@ -62,6 +64,7 @@ _CODES: dict[str, _Meaning] = {
     "IllegalLocationConstraintException": _REGION,
     "PreconditionFailed": _Meaning(ObjectExistsError, "exists already"),
     "InvalidRange": _Meaning(StoreError, "that range leaves the object"),
+    "NotImplemented": _UNSUPPORTED,
     "EntityTooLarge": _Meaning(StoreRefusedError, "larger than the store takes in one request"),
     **dict.fromkeys(
         ("ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired",
@@ -100,6 +103,7 @@ _STATUS: dict[int, _Meaning] = {
     416: _CODES["InvalidRange"],
     425: _UNAVAILABLE,
     429: _UNAVAILABLE,
+    501: _UNSUPPORTED,
     507: _FULL,
 }
 

@@ -26,7 +26,7 @@ from ckptd.units import MIB
 
 log = logging.getLogger(__name__)
 
-TRAITS = Traits(requests=16, window_bytes=8 * MIB, budget_bytes=8 * (33 << 20), is_patient=True)
+TRAITS = Traits(requests=16, window_bytes=34 * MIB, budget_bytes=8 * (33 << 20), is_patient=True)
 _MAX_OFFSET = 1 << 50
 _LOCKS = 64
 

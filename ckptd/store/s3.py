@@ -18,7 +18,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import botocore.exceptions as boto
-import s3fs
 from aiohttp import ClientError as HttpError
 from botocore.handlers import add_expect_header
 
@@ -28,15 +27,15 @@ from ckptd.errors import (
     CredentialsError,
     StoreError,
     StoreUnavailableError,
+    StoreUnsupportedError,
 )
 from ckptd.store.base import Buffer, Entry, check_range
 from ckptd.store.bodies import Body, Target, fill
 from ckptd.store.client import Limits, Page
 from ckptd.store.codes import answer_of, translate
 from ckptd.store.loop import LoopThread
+from ckptd.store.s3_settings import S3Settings
 
-MAX_CONNECTIONS = 64
-_NO_CONDITION = frozenset({"NotImplemented", "501", "InvalidArgument.IfNoneMatch"})
 _NO_CREDENTIALS = (
     boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError,
     boto.NoAuthTokenError, boto.UnauthorizedSSOTokenError, boto.SSOTokenLoadError,
@@ -69,9 +68,8 @@ class S3Client:
         self._building = asyncio.Lock()  # of the loop's tasks, one builds the client
         self._client: Any = None
         self._former: list[Any] = []
-        self._options = sorted(options)  # their names only: values may be secret
         try:
-            self._files = _filesystem(options, self._loop)
+            self._settings = S3Settings(options, self._loop.loop)
         except ConfigError:
             self._loop.close()
             raise
@@ -87,14 +85,17 @@ class S3Client:
         kwargs: dict[str, Any] = {"IfNoneMatch": "*"} if if_absent else {}
         try:
             with self._border(key):
-                self._run(self._connected(), 0)
+                if self._client is None:
+                    self._run(self._connected(), 0)
                 if self._is_checked:
                     digest = zlib.crc32(view).to_bytes(4, "big")
                     kwargs["ChecksumCRC32"] = base64.b64encode(digest).decode()
                 answer = self._run(
                     self._call("put_object", key, Body=Body(view), **kwargs), view.nbytes
                 )
-        except _NoConditionError:
+        except StoreUnsupportedError:
+            if not if_absent:
+                raise
             return False
         except StoreUnavailableError as error:
             if _is_redirect(error.__cause__):
@@ -186,10 +187,7 @@ class S3Client:
         """Return the client; build it if there is none. Nothing is sent."""
         async with self._building:
             if self._client is None:
-                try:
-                    client = await self._files.set_session(refresh=True)
-                except (TypeError, ValueError) as error:
-                    raise _unfit(self._options, error) from None
+                client = await self._settings.make_client()
                 config = client.meta.config
                 self._is_checked = config.request_checksum_calculation != "when_required"
                 # It makes a request hang for ever where the server answers neither yes nor no.
@@ -200,13 +198,15 @@ class S3Client:
 
     async def _call(self, method: str, key: str | None, **kwargs: Any) -> Any:
         await self._connected()
-        client = await self._files.get_s3(self._bucket)  # that one, or of the bucket's own region
+        client = await self._settings.files.get_s3(
+            self._bucket
+        )  # that one, or of the bucket's own region
         operation = getattr(client, method)
         if key is not None:
             kwargs["Key"] = self._prefix + key
         kwargs["Bucket"] = self._bucket
         # Encryption and the like, from the options, as far as the operation takes them.
-        return await operation(**self._files._get_s3_method_kwargs(operation, **kwargs))  # noqa: SLF001
+        return await operation(**self._settings.added_to(operation, kwargs))
 
     async def _get(self, key: str, max_bytes: int) -> bytes:
         answer = await self._call("get_object", key)
@@ -254,8 +254,6 @@ class S3Client:
             raise
         except boto.ClientError as error:
             answer = answer_of(error.response)
-            if answer.code in _NO_CONDITION or answer.status == 501:
-                raise _NoConditionError(key, "the store does not know conditions") from error
             raise translate(answer, key) from error
         except _NO_CREDENTIALS as error:
             raise CredentialsError(
@@ -297,10 +295,6 @@ def _is_redirect(error: BaseException | None) -> bool:
     return isinstance(sent, HttpError) and "redirect" in str(sent)
 
 
-class _NoConditionError(StoreError):
-    """The service knows no condition for a PUT."""
-
-
 def _check_object(answer: Mapping[str, Any], key: str) -> None:
     """Check that an answer is an object: with status 200 may come an error, or another's page."""
     if not answer.get("ETag"):
@@ -315,42 +309,3 @@ def _size_of(answer: Mapping[str, Any], key: str, offset: int = 0) -> int:
     if int(found[1]) != offset if found else offset:
         raise StoreUnavailableError(key, "the store does not read the range that it was asked for")
     return int(found[2]) if found else int(answer["ContentLength"])
-
-
-def _filesystem(options: Mapping[str, object], loop: LoopThread) -> Any:
-    """Build s3fs with the caller's options and what must be so: one try, no caches, our loop."""
-    chosen: dict[str, Any] = dict(options)
-    config: dict[str, Any] = {
-        "connect_timeout": 10, "read_timeout": 20, "max_pool_connections": MAX_CONNECTIONS,
-        # Every block has a hash of ours, and botocore would check whole objects only.
-        "response_checksum_validation": "when_required",
-        **_mapping(chosen, "config_kwargs"),
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-    }  # fmt: skip
-    if str(config.get("request_checksum_calculation", "")) != "when_required":
-        # A checksum and a signed payload would be the same twice; the second costs a SHA-256.
-        config["s3"] = {"payload_signing_enabled": False, **_mapping(config, "s3")}
-    chosen |= {
-        "config_kwargs": config,
-        "asynchronous": True, "loop": loop.loop,
-        "skip_instance_cache": True, "use_listings_cache": False,
-    }  # fmt: skip
-    try:
-        return s3fs.S3FileSystem(**chosen)
-    except (TypeError, ValueError, KeyError) as error:
-        raise _unfit(sorted(options), error) from None
-
-
-def _unfit(names: list[str], error: Exception) -> ConfigError:
-    """Say that options do not fit, without their values and without what `error` quotes of them."""
-    return ConfigError(
-        f"no S3 client can be made of storage_options {names} ({type(error).__name__}); "
-        "they are the options of s3fs.S3FileSystem"
-    )
-
-
-def _mapping(options: Mapping[str, object], name: str) -> dict[str, Any]:
-    value = options.get(name) or {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"storage_options[{name!r}] must be a mapping")
-    return dict(value)

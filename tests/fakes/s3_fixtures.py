@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,6 +70,21 @@ def open_s3(moto: S3Server, bucket: str) -> Iterator[Callable[..., RemoteStore]]
     yield open_one
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def open_obstore(open_s3: Callable[..., RemoteStore], bucket: str) -> Callable[..., RemoteStore]:
+    """Open the same roots through obstore; no call is tried again."""
+    url = f"s3://{bucket}/run?client=obstore"
+    return lambda **options: open_s3(**{"url": url, "attempts": 1, **options})
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits of a `RemoteStore` between attempts, which take no time."""
+    seen: list[float] = []
+    monkeypatch.setattr("ckptd.store.remote.time", SimpleNamespace(sleep=seen.append))
+    return seen
 
 
 def _server() -> S3Server:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -111,8 +112,12 @@ def test_an_s3_store_opens_and_sends_nothing() -> None:
 def test_s7_options_that_cannot_be_are_refused_without_their_values(
     options: dict[str, object],
 ) -> None:
+    def use() -> None:
+        with closing(open_store("s3://bucket/run", options)) as store:
+            store.get("ckptd.json", max_bytes=1)
+
     with pytest.raises(ConfigError) as caught:
-        open_store("s3://bucket/run", options).get("ckptd.json", max_bytes=1)
+        use()
     assert "canary" not in str(caught.value)
 
 

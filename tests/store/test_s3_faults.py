@@ -12,14 +12,9 @@ import os
 import re
 import socket
 import threading
-import traceback
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import count
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -35,7 +30,6 @@ from ckptd.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from ckptd.model import keys
 from ckptd.model.box import Box
 from ckptd.model.keys import StepId
 from ckptd.pipeline.catalog import read_manifest, read_ranks
@@ -44,7 +38,6 @@ from ckptd.plan.reading import Wanted, plan_reads
 from ckptd.store.base import Entry
 from ckptd.store.open import open_store
 from ckptd.store.remote import RemoteStore
-from ckptd.store.root import check_root, create_root
 from tests.fakes.checkpoints import write_checkpoint
 from tests.fakes.fault_proxy import (
     WAIT_S,
@@ -54,7 +47,6 @@ from tests.fakes.fault_proxy import (
     FlipRequest,
     Link,
     OkWithError,
-    Request,
     ResetAfter,
     ResetBefore,
     Short,
@@ -63,182 +55,59 @@ from tests.fakes.fault_proxy import (
     Status,
     Truncated,
 )
-from tests.fakes.http_wire import Message
-from tests.fakes.s3_server import MotoServer, S3Server
+from tests.fakes.s3_calls import (
+    ATTEMPTS,
+    BIG,
+    CALLS,
+    CREDENTIALS,
+    HASTY,
+    NEW,
+    OLD,
+    PASSING,
+    PROVOKED,
+    WITH_ANSWERS,
+    Expired,
+    OtherRange,
+    Page,
+    Shared,
+    Site,
+    check_nothing_is_not_found,
+    check_silent,
+    error_of,
+    fails_of,
+    listed,
+    sharing,
+    together,
+    told,
+    works_despite,
+)
+from tests.fakes.s3_server import S3Server
 
 Open = Callable[..., RemoteStore]
 
-ATTEMPTS = 4
-OLD = bytes(range(256)) * 16
-NEW = OLD[::-1]
 DAY_S = 86400.0
-_ids = count(1)
 
 
 # --- one store for all -------------------------------------------------------------------------
 
 
-class Shared(NamedTuple):
-    """A store through a proxy that shows listings by twos, and one of the same root without."""
-
-    proxy: FaultProxy
-    store: RemoteStore
-    direct: RemoteStore
-
-
 @pytest.fixture(scope="module")
 def shared(moto: S3Server) -> Iterator[Shared]:
-    if not isinstance(moto, MotoServer):
-        pytest.skip("faults are made before moto only")
-    url = f"s3://{moto.make_bucket(f'ckptd-{uuid.uuid4().hex}')}/run"
-    options = {"key": "testing", "secret": "testing", "request_timeout_s": WAIT_S}
-    by_twos = {"attempts": ATTEMPTS, "s3_additional_kwargs": {"MaxKeys": 2}}
-    with FaultProxy(moto.url) as proxy:
-        store = open_store(url, {**options, **by_twos, "endpoint_url": proxy.url})
-        direct = open_store(url, {**options, "endpoint_url": moto.url})
-        create_root(direct)
-        yield Shared(proxy, store, direct)  # type: ignore[arg-type]
-        store.close()
-        direct.close()
-
-
-@pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between attempts, which take no time."""
-    seen: list[float] = []
-    monkeypatch.setattr("ckptd.store.remote.time", SimpleNamespace(sleep=seen.append))
-    return seen
-
-
-@dataclass
-class Site:
-    """What one test finds: `step`, whose objects 0, 1 and 2 hold `OLD`, and 7 is not there."""
-
-    proxy: FaultProxy
-    store: RemoteStore
-    direct: RemoteStore
-    step: StepId
-    begin: int = 0
-
-    def key(self, number: int) -> str:
-        return keys.rank(self.step, number)
-
-    def stored(self, number: int) -> bytes | None:
-        """Return what the server holds."""
-        try:
-            return self.direct.get(self.key(number), max_bytes=16 << 20)
-        except ObjectNotFoundError:
-            return None
-
-    @property
-    def asked(self) -> list[Request]:
-        """What was asked through the proxy since the test began."""
-        return self.proxy.requests[self.begin :]
+    with sharing(moto, s3_additional_kwargs={"MaxKeys": 2}) as shared:
+        yield shared
 
 
 @pytest.fixture
 def site(shared: Shared, waits: list[float]) -> Iterator[Site]:
-    site = Site(*shared, StepId(attempt=1, step=next(_ids)))
-    for number in range(3):
-        shared.direct.put(site.key(number), OLD)
-    site.begin = len(shared.proxy.requests)
-    yield site
-    shared.proxy.clear()
+    with shared.site() as site:
+        yield site
 
 
-class Call(NamedTuple):
-    """A call of the store: how it is made, and whether it did what it should.
-
-    It sends `sends` requests where nothing fails; `skip` pass before the one that faults befall.
-    """
-
-    act: Callable[[Site], object]
-    is_right: Callable[[Site, object], bool]
-    sends: int = 1
-    skip: int = 0
-
-
-def read(site: Site) -> tuple[int, bytes]:
-    out = bytearray(1000)
-    return site.store.read_into(site.key(0), 500, memoryview(out)), bytes(out)
-
-
-def listed(site: Site) -> list[str]:
-    return [entry.key for entry in site.store.list(f"ranks/{site.step}/")]
-
-
-def has_all(site: Site, got: object) -> bool:
-    return got == [site.key(number) for number in range(3)]
-
-
-CALLS = {
-    "put": Call(lambda s: s.store.put(s.key(0), NEW), lambda s, _: s.stored(0) == NEW),
-    "put_new": Call(lambda s: s.store.put_new(s.key(7), NEW), lambda s, _: s.stored(7) == NEW),
-    "get": Call(lambda s: s.store.get(s.key(0), max_bytes=1 << 20), lambda _, got: got == OLD),
-    "read_into": Call(read, lambda _, got: got == (len(OLD), OLD[500:1500])),
-    "size": Call(
-        lambda s: s.store.read_into(s.key(0), 0, memoryview(bytearray())),
-        lambda _, got: got == len(OLD),
-    ),
-    "list": Call(listed, has_all, sends=2),
-    "later page": Call(listed, has_all, sends=2, skip=1),
-    "delete": Call(lambda s: s.store.delete(s.key(1)), lambda s, _: s.stored(1) is None),
-    "now_s": Call(lambda s: s.store.now_s(), lambda _, got: isinstance(got, float)),
-}
 WRITES = ("put", "put_new")
 every_call = pytest.mark.parametrize("name", CALLS)
 
 
-def works_despite(site: Site, name: str, fault: Fault, times: int) -> int:
-    """Make a call of which so many requests fail; return how many more than usual it sent."""
-    call, begin = CALLS[name], len(site.proxy.requests)
-    rule = site.proxy.fail(fault, skip=call.skip, times=times)
-    assert call.is_right(site, call.act(site)), f"{name} despite {fault}"
-    assert rule.hits == times
-    site.proxy.clear()
-    return len(site.proxy.requests) - begin - call.sends
-
-
-def fails_of(
-    site: Site, name: str, fault: Fault, kind: type[CkptdError] = StoreUnavailableError
-) -> int:
-    """Make a call of which all requests fail; return how many failed."""
-    call, begin = CALLS[name], len(site.proxy.requests)
-    site.proxy.fail(fault, skip=call.skip, times=None)
-    with pytest.raises(kind) as caught:
-        call.act(site)
-    assert type(caught.value) is kind, f"{name}: {caught.value!r}"
-    site.proxy.clear()
-    return len(site.proxy.requests) - begin - call.skip
-
-
-def together(*acts: Callable[[], object]) -> list[object]:
-    """Call them at once, each on a thread; return what each returned or raised."""
-    results: list[object] = [None] * len(acts)
-    barrier = threading.Barrier(len(acts))
-
-    def run(number: int) -> None:
-        barrier.wait(WAIT_S)
-        try:
-            results[number] = acts[number]()
-        except BaseException as error:  # noqa: BLE001 - told on the main thread
-            results[number] = error
-
-    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(acts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 # --- N1, N2, N3, N5: what passes is tried again ------------------------------------------------
-
-
-PASSING = [
-    Status(500, "InternalError"), Status(503, "SlowDown"), Status(429, "TooManyRequests"),
-    Status(400, "RequestTimeout"),
-]  # fmt: skip
 
 
 @every_call
@@ -400,19 +269,6 @@ def hasty(shared: Shared) -> Iterator[RemoteStore]:
     store.close()
 
 
-BIG = bytes(4 << 20)
-HASTY: dict[str, Callable[[Site], object]] = {
-    "put": lambda s: s.store.put(s.key(9), NEW),
-    "put big": lambda s: s.store.put_new(s.key(8), BIG, is_deferred=True),
-    "get": lambda s: s.store.get(s.key(0), max_bytes=1 << 20),
-    "read_into": lambda s: s.store.read_into(s.key(0), 1000, memoryview(bytearray(1000))),
-    "list": listed,
-    "delete": lambda s: s.store.delete(s.key(6)),
-    "now_s": lambda s: s.store.now_s(),
-}
-WITH_ANSWERS = {"get", "read_into", "list", "now_s"}
-
-
 @pytest.mark.parametrize(
     ("fault", "hung"),
     [
@@ -487,12 +343,6 @@ def test_n4_a_request_that_hangs_holds_up_no_other(
 # --- N6: who asks ------------------------------------------------------------------------------
 
 
-CREDENTIALS = [
-    Status(400, "ExpiredToken"), Status(403, "RequestTimeTooSkewed"),
-    Status(403, "InvalidAccessKeyId"), Status(403, "SignatureDoesNotMatch"),
-]  # fmt: skip
-
-
 @every_call
 def test_n6_what_is_not_allowed_is_not_tried_again(
     site: Site, name: str, caplog: pytest.LogCaptureFixture
@@ -523,17 +373,6 @@ def test_n6_renewed_credentials_have_all_attempts(site: Site) -> None:
     site.proxy.fail(Status(503, "SlowDown"), times=3)
     assert site.store.get(site.key(0), max_bytes=1 << 20) == OLD
     assert [r.status for r in site.asked] == [503, 503, 400, 503, 503, 503, 200]
-
-
-class Expired(Fault):
-    """Refuse one token; others pass."""
-
-    def __init__(self, token: str) -> None:
-        self.token = token
-
-    def act(self, link: Link) -> None:
-        is_old = link.request.header("x-amz-security-token") == self.token
-        (Status(400, "ExpiredToken") if is_old else Fault()).act(link)
 
 
 def test_n6_threads_whose_token_expired_find_the_new_one_together(
@@ -610,26 +449,6 @@ def test_n7_a_bucket_in_another_region_is_found(site: Site, moto: S3Server, firs
         store.close()
 
 
-def check_nothing_is_not_found(store: RemoteStore, kind: type[StoreError]) -> None:
-    out = memoryview(bytearray(10))
-    acts: dict[str, Callable[[], object]] = {
-        "put": lambda: store.put("attempts/0001", b"x"),
-        "put_new": lambda: store.put_new("attempts/0001", b"x"),
-        "get": lambda: store.get("attempts/0001", max_bytes=10),
-        "read_into": lambda: store.read_into("attempts/0001", 0, out),
-        "size": lambda: store.read_into("attempts/0001", 0, out[:0]),
-        "list": lambda: list(store.list("attempts/")),
-        "delete": lambda: store.delete("attempts/0001"),
-        "now_s": store.now_s,
-        "check_root": lambda: check_root(store),
-        "create_root": lambda: create_root(store),
-    }
-    for name, act in acts.items():
-        with pytest.raises(kind) as caught:
-            act()
-        assert type(caught.value) is kind, f"{name}: {caught.value!r}"
-
-
 def test_n7_a_name_that_no_server_has_is_unavailable(open_s3: Open, waits: list[float]) -> None:
     store = open_s3(endpoint_url="http://no-such-host.invalid", attempts=2, request_timeout_s=5)
     check_nothing_is_not_found(store, StoreUnavailableError)
@@ -680,17 +499,6 @@ def test_n9_short_bodies_are_read_again(site: Site, name: str, fault: Fault) -> 
     assert works_despite(site, name, fault, 1) == 1
     assert works_despite(site, name, fault, 3) == 3
     assert fails_of(site, name, fault) == ATTEMPTS
-
-
-class OtherRange(Fault):
-    """Answer a request for a range with another one of the same length, and say so."""
-
-    def act(self, link: Link) -> None:
-        answer = link.ask()
-        moved = answer.edited(
-            "content-range", lambda old: old.replace("bytes 500-1499", "bytes 0-999")
-        )
-        link.answer(replace(moved, body=OLD[:1000]))
 
 
 def test_n9_another_range_than_was_asked_for_is_read_again(site: Site) -> None:
@@ -754,18 +562,6 @@ def test_n10_a_bit_that_flips_on_its_way_to_the_server_is_refused(
 
 
 # --- N11: success that is none -----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Page(Fault):
-    """Answer 200 with a page of a network that wants to be logged in to, or with nothing."""
-
-    html: bytes = b"<html><body>Please log in</body></html>"
-    headers: tuple[tuple[str, str], ...] = field(default=(("Content-Type", "text/html"),))
-
-    def act(self, link: Link) -> None:
-        link.read()
-        link.answer(Message("HTTP/1.1 200 OK", self.headers, self.html))
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "size"])
@@ -851,37 +647,6 @@ def test_t1_ages_come_from_the_clock_of_the_store(
 
 
 # --- S7: secrets -------------------------------------------------------------------------------
-
-
-SECRETS = ("CANARYSECRET", "CANARYTOKEN")
-PROVOKED = [
-    Status(503, "SlowDown"), Status(403, "AccessDenied"), Status(403, "SignatureDoesNotMatch"),
-    Status(400, "ExpiredToken"), Status(404, "NoSuchBucket"), Status(404, "NoSuchKey"),
-    Status(412, "PreconditionFailed"), Status(416, "InvalidRange"), Status(418, "Teapot"),
-    Status(507), OkWithError("InternalError"), ResetBefore(), Truncated(), Page(),
-]  # fmt: skip
-
-
-def check_silent(text: str) -> None:
-    for secret in SECRETS:
-        assert secret not in text, "it tells a secret"
-
-
-def told(error: BaseException) -> str:
-    """Return all that is shown of an error and of those that led to it."""
-    text, link = "".join(traceback.format_exception(error)), error
-    while link is not None:
-        text += repr(link)
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return text
-
-
-def error_of(act: Callable[[], object]) -> CkptdError | None:
-    try:
-        act()
-    except CkptdError as error:
-        return error
-    return None
 
 
 def test_s7_no_error_and_no_log_tells_a_secret(

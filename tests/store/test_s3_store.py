@@ -13,6 +13,7 @@ from ckptd.errors import (
     CredentialsError,
     ObjectExistsError,
     StoreError,
+    StoreUnsupportedError,
 )
 from ckptd.store.anyfs import FsspecClient
 from ckptd.store.base import Store
@@ -20,7 +21,7 @@ from ckptd.store.client import Limits
 from ckptd.store.remote import RemoteStore
 from ckptd.store.root import check_root, create_root
 from tests.contracts.store_contract import CHUNK, COMMIT, RANK, StoreContract
-from tests.fakes.fault_proxy import FaultProxy
+from tests.fakes.fault_proxy import FaultProxy, Status
 from tests.fakes.s3_server import S3Server
 
 Open = Callable[..., RemoteStore]
@@ -291,3 +292,16 @@ def test_a_fork_while_a_store_is_open_harms_nobody(open_s3: Open) -> None:
         os._exit(0)  # as the worker of a data loader does
     assert os.waitpid(child, 0)[1] == 0
     assert store.get(RANK, max_bytes=1) == b"x"
+
+
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
+def test_n16_a_service_that_knows_no_put_at_all_is_not_taken_for_a_weak_one(
+    open_s3: Open, bucket: str, proxy: FaultProxy, client: str
+) -> None:
+    store = open_s3(url=f"s3://{bucket}/run?client={client}", through=proxy)
+    proxy.fail(Status(501, "NotImplemented"), method="PUT", times=None)
+    with pytest.raises(StoreUnsupportedError):
+        store.put(RANK, b"x")
+    with pytest.raises(StoreUnsupportedError):
+        store.put_new(RANK, b"x")
+    assert list(store.list("")) == []

@@ -1,0 +1,113 @@
+"""How the S3 client is made: by s3fs, of the caller's options and of what must be so."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import s3fs
+from aiobotocore.session import AioSession
+
+from ckptd.errors import ConfigError
+
+MAX_CONNECTIONS = 64
+_OF_SESSION = frozenset({"profile"})
+_LATER = object()  # stands for the session until there is one: None would make s3fs make its own
+_UNUSED = frozenset({"self", "kwargs", "loop", "asynchronous"})
+
+
+class S3Settings:
+    """Makes clients. `options` are those of `s3fs.S3FileSystem`, which belongs to `loop`.
+
+    Raises:
+        ConfigError: they do not fit. Neither message nor chain has their values.
+    """
+
+    def __init__(self, options: Mapping[str, object], loop: asyncio.AbstractEventLoop) -> None:
+        self._names = sorted(options)
+        known = set(inspect.signature(s3fs.S3FileSystem.__init__).parameters) - _UNUSED
+        unknown = sorted(set(options) - known - _OF_SESSION)
+        if unknown:
+            raise ConfigError(f"s3fs knows no storage_options {unknown}; see s3fs.S3FileSystem")
+        chosen: dict[str, Any] = {k: v for k, v in options.items() if k not in _OF_SESSION}
+        self._profile: Any = options.get("profile")
+        self._is_own = chosen.get("session") is None
+        chosen |= {
+            "config_kwargs": _config(chosen),
+            "session": chosen.get("session") or _LATER,
+            "asynchronous": True, "loop": loop,
+            "skip_instance_cache": True, "use_listings_cache": False,
+        }  # fmt: skip
+        try:
+            self.files = s3fs.S3FileSystem(**chosen)
+        except (TypeError, ValueError, KeyError) as error:
+            raise self._unfit(error) from None
+
+    async def make_client(self) -> Any:
+        """Make a client of aiobotocore, which looks for credentials anew; nothing is sent.
+
+        Raises:
+            ConfigError: as above.
+        """
+        if self._is_own:
+            self.files.session = _new_session(self._profile)
+        try:
+            return await self.files.set_session(refresh=True)
+        except (TypeError, ValueError) as error:
+            raise self._unfit(error) from None
+
+    def added_to(self, operation: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call, with what the options say of encryption and the like."""
+        added: dict[str, Any] = self.files._get_s3_method_kwargs(operation, **arguments)  # noqa: SLF001
+        return added
+
+    def _unfit(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"no S3 client can be made of storage_options {self._names} ({type(error).__name__}); "
+            "they are the options of s3fs.S3FileSystem"
+        )
+
+
+def mapping_of(options: Mapping[str, object], name: str) -> dict[str, Any]:
+    """Return an option that is a mapping itself, empty if it is not there.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = options.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"storage_options[{name!r}] must be a mapping")
+    return dict(value)
+
+
+def _config(options: Mapping[str, object]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "connect_timeout": 10, "read_timeout": 20, "max_pool_connections": MAX_CONNECTIONS,
+        # Every block has a hash of ours, and botocore would check whole objects only.
+        "response_checksum_validation": "when_required",
+        **mapping_of(options, "config_kwargs"),
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+    }  # fmt: skip
+    if str(config.get("request_checksum_calculation", "")) != "when_required":
+        # A checksum and a signed payload would be the same twice; the second costs a SHA-256.
+        config["s3"] = {"payload_signing_enabled": False, **mapping_of(config, "s3")}
+    return config
+
+
+def _new_session(profile: Any) -> AioSession:
+    """Return a session that has cached no credentials, but knows what S3 is."""
+    session = AioSession(profile=profile)
+    session.register_component("data_loader", _loader())
+    return session
+
+
+@functools.cache
+def _loader() -> Any:
+    """Return botocore's descriptions of services, each parsed once for this process.
+
+    To parse that of S3 takes a tenth of a second, nine tenths of making a client.
+    """
+    return AioSession().get_component("data_loader")
