@@ -8,7 +8,7 @@ from typing import Any
 from ckptd.errors import StoreUnavailableError
 
 _SLICE_BYTES = 256 << 10
-_READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 
 
 class Body:
@@ -63,6 +63,17 @@ class Target:
         self.count = end
         return True
 
+    def check_whole(self, key: str) -> None:
+        """Check that all has come that was asked for.
+
+        Raises:
+            StoreUnavailableError: it has not.
+        """
+        if self.count != self.wanted:
+            raise StoreUnavailableError(
+                key, f"the store sent {self.count} of {self.wanted} bytes; they may come later"
+            )
+
     def end(self) -> None:
         """Never write again."""
         self._view = None
@@ -74,12 +85,12 @@ async def fill(body: Any, target: Target, key: str) -> None:
     Raises:
         StoreUnavailableError: the store sent another number of bytes.
     """
-    while data := await body.read(_READ_BYTES):  # what has come by now, at most so much
+    while data := await body.read(READ_BYTES):  # what has come by now, at most so much
         if not target.write(data):
             body.close()
             raise StoreUnavailableError(key, "the store sent more bytes than were asked for")
-    if target.count != target.wanted:
+    try:
+        target.check_whole(key)
+    except StoreUnavailableError:
         body.close()
-        raise StoreUnavailableError(
-            key, f"the store sent {target.count} of {target.wanted} bytes; they may come later"
-        )
+        raise

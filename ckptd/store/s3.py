@@ -14,12 +14,10 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import botocore.exceptions as boto
 from aiohttp import ClientError as HttpError
-from botocore.handlers import add_expect_header
 
 from ckptd.errors import (
     CkptdError,
@@ -29,11 +27,12 @@ from ckptd.errors import (
     StoreUnavailableError,
     StoreUnsupportedError,
 )
-from ckptd.store.base import Buffer, Entry, check_range
+from ckptd.store.base import Buffer, Entry
 from ckptd.store.bodies import Body, Target, fill
 from ckptd.store.client import Limits, Page
 from ckptd.store.codes import answer_of, translate
 from ckptd.store.loop import LoopThread
+from ckptd.store.s3_reader import S3Reader, check_object, size_of
 from ckptd.store.s3_settings import S3Settings
 
 _NO_CREDENTIALS = (
@@ -73,6 +72,7 @@ class S3Client:
         except ConfigError:
             self._loop.close()
             raise
+        self._reader = S3Reader(self._settings, bucket)
 
     @property
     def is_versioned(self) -> bool:
@@ -114,13 +114,9 @@ class S3Client:
 
     def read_into(self, key: str, offset: int, out: memoryview) -> int:
         """See `Store.read_into`."""
-        target = Target(out)
-        try:
-            with self._border(key):
-                size: int = self._run(self._read(key, offset, target), out.nbytes)
-                return size
-        finally:
-            target.end()
+        with self._border(key):
+            timeout_s = self._limits.timeout_s(out.nbytes)
+            return self._reader.read(self._prefix + key, key, offset, out, timeout_s)
 
     def size(self, key: str) -> int:
         """See `ObjectClient.size`."""
@@ -163,6 +159,7 @@ class S3Client:
 
     def renew(self) -> None:
         """See `ObjectClient.renew`. Requests under way end on the client that they began with."""
+        self._reader.renew()
         client, self._client = self._client, None
         if client is not None:
             self._former.append(client)
@@ -177,6 +174,7 @@ class S3Client:
             pass  # the loop goes, and what is open with it
         finally:
             self._loop.close()
+            self._reader.close()
 
     # --- one request -------------------------------------------------------------------------------
 
@@ -190,17 +188,13 @@ class S3Client:
                 client = await self._settings.make_client()
                 config = client.meta.config
                 self._is_checked = config.request_checksum_calculation != "when_required"
-                # It makes a request hang for ever where the server answers neither yes nor no.
-                client.meta.events.unregister("before-call.s3", add_expect_header)
-                client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
                 self._client = client
             return self._client
 
     async def _call(self, method: str, key: str | None, **kwargs: Any) -> Any:
         await self._connected()
-        client = await self._settings.files.get_s3(
-            self._bucket
-        )  # that one, or of the bucket's own region
+        # That one, or one of the bucket's own region.
+        client = await self._settings.files.get_s3(self._bucket)
         operation = getattr(client, method)
         if key is not None:
             kwargs["Key"] = self._prefix + key
@@ -212,27 +206,13 @@ class S3Client:
         answer = await self._call("get_object", key)
         count = answer["ContentLength"]
         async with answer["Body"] as body:
-            _check_object(answer, key)
+            check_object(answer, key)
             if count > max_bytes:
                 body.close()
                 raise StoreError(key, f"{count} bytes, more than the {max_bytes} allowed")
             data = bytearray(count)
             await fill(body, Target(memoryview(data)), key)
         return bytes(data)
-
-    async def _read(self, key: str, offset: int, target: Target) -> int:
-        answer = await self._call(
-            "get_object", key, Range=f"bytes={offset}-{offset + target.wanted - 1}"
-        )
-        async with answer["Body"] as body:
-            try:
-                size = _size_of(answer, key, offset)
-                check_range(key, offset, target.wanted, size)
-            except StoreError:
-                body.close()
-                raise
-            await fill(body, target, key)
-            return size
 
     async def _size(self, key: str) -> int:
         """Ask for one byte: the answer to a HEAD has no body that says why something failed."""
@@ -243,7 +223,7 @@ class S3Client:
                 return 0
             raise
         answer["Body"].close()
-        return _size_of(answer, key)
+        return size_of(answer, key)
 
     @contextmanager
     def _border(self, key: str) -> Iterator[None]:
@@ -267,45 +247,7 @@ class S3Client:
             raise StoreUnavailableError(key, f"s3://{self._bucket} failed ({why})") from error
 
 
-class _Unasked:
-    """The answer to a request that was not sent."""
-
-    status_code = 400
-
-
-_has_asked: ContextVar[bool] = ContextVar("has_asked", default=False)
-
-
-def _ask_once(**_: object) -> tuple[type[_Unasked], dict[str, Any]] | None:
-    """Let a request ask for the bucket's region once.
-
-    Sent elsewhere without being told where, botocore asks by `HeadBucket`; if that is answered the
-    same, as by a proxy that sends everybody to https, it would ask for ever
-    (`botocore.utils.S3RegionRedirectorv2`).
-    """
-    if not _has_asked.get():
-        _has_asked.set(True)
-        return None
-    return _Unasked, {"Error": {}, "ResponseMetadata": {"HTTPHeaders": {}}}
-
-
 def _is_redirect(error: BaseException | None) -> bool:
     """Tell whether aiohttp was sent elsewhere with a body that it cannot send again."""
     sent = getattr(error, "kwargs", {}).get("error")
     return isinstance(sent, HttpError) and "redirect" in str(sent)
-
-
-def _check_object(answer: Mapping[str, Any], key: str) -> None:
-    """Check that an answer is an object: with status 200 may come an error, or another's page."""
-    if not answer.get("ETag"):
-        answer["Body"].close()
-        raise StoreUnavailableError(key, "what the store answered is no object")
-
-
-def _size_of(answer: Mapping[str, Any], key: str, offset: int = 0) -> int:
-    """Return the length of the object of which an answer has a part, from `offset` on."""
-    _check_object(answer, key)
-    found = _RANGE.fullmatch(answer.get("ContentRange", ""))
-    if int(found[1]) != offset if found else offset:
-        raise StoreUnavailableError(key, "the store does not read the range that it was asked for")
-    return int(found[2]) if found else int(answer["ContentLength"])

@@ -6,17 +6,23 @@ import asyncio
 import functools
 import inspect
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import s3fs
 from aiobotocore.session import AioSession
+from botocore import UNSIGNED
+from botocore.config import Config
+from botocore.handlers import add_expect_header
+from botocore.session import Session
 
 from ckptd.errors import ConfigError
 
 MAX_CONNECTIONS = 64
 _OF_SESSION = frozenset({"profile"})
 _LATER = object()  # stands for the session until there is one: None would make s3fs make its own
-_UNUSED = frozenset({"self", "kwargs", "loop", "asynchronous"})
+_OF_AIO = frozenset({"connector_args", "http_session_cls", "warm_up_loader_caches"})
+_UNUSED = frozenset({"self", "kwargs", "loop", "asynchronous", "session"})
 
 
 class S3Settings:
@@ -34,10 +40,9 @@ class S3Settings:
             raise ConfigError(f"s3fs knows no storage_options {unknown}; see s3fs.S3FileSystem")
         chosen: dict[str, Any] = {k: v for k, v in options.items() if k not in _OF_SESSION}
         self._profile: Any = options.get("profile")
-        self._is_own = chosen.get("session") is None
         chosen |= {
             "config_kwargs": _config(chosen),
-            "session": chosen.get("session") or _LATER,
+            "session": _LATER,
             "asynchronous": True, "loop": loop,
             "skip_instance_cache": True, "use_listings_cache": False,
         }  # fmt: skip
@@ -52,12 +57,45 @@ class S3Settings:
         Raises:
             ConfigError: as above.
         """
-        if self._is_own:
-            self.files.session = _new_session(self._profile)
+        session = AioSession(profile=self._profile)  # one that has cached no credentials
+        session.register_component("data_loader", _loader())
+        self.files.session = session
         try:
-            return await self.files.set_session(refresh=True)
+            client = await self.files.set_session(refresh=True)
         except (TypeError, ValueError) as error:
             raise self._unfit(error) from None
+        # That header makes a request hang for ever where the server answers neither yes nor no.
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
+        return client
+
+    def make_plain_client(self) -> Any:
+        """Make a client of botocore from the same options, as s3fs does; nothing is sent.
+
+        Raises:
+            ConfigError: as above.
+        """
+        files = self.files
+        given = {
+            "aws_access_key_id": files.key, "aws_secret_access_key": files.secret,
+            "aws_session_token": files.token, "endpoint_url": files.endpoint_url,
+            "use_ssl": files.use_ssl,
+        }  # fmt: skip
+        given = {name: value for name, value in given.items() if value is not None}
+        config = {k: v for k, v in files.config_kwargs.items() if k not in _OF_AIO}
+        if files.anon:
+            given = {k: v for k, v in given.items() if not k.startswith("aws_")}
+            config["signature_version"] = UNSIGNED
+        session = Session(profile=self._profile)
+        session.register_component("data_loader", _loader())
+        try:
+            client = session.create_client(
+                "s3", config=Config(**config), **{**given, **files.client_kwargs}
+            )
+        except (TypeError, ValueError) as error:
+            raise self._unfit(error) from None
+        client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
+        return client
 
     def added_to(self, operation: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call, with what the options say of encryption and the like."""
@@ -97,11 +135,26 @@ def _config(options: Mapping[str, object]) -> dict[str, Any]:
     return config
 
 
-def _new_session(profile: Any) -> AioSession:
-    """Return a session that has cached no credentials, but knows what S3 is."""
-    session = AioSession(profile=profile)
-    session.register_component("data_loader", _loader())
-    return session
+class _Unasked:
+    """The answer to a request that was not sent."""
+
+    status_code = 400
+
+
+_has_asked: ContextVar[bool] = ContextVar("has_asked", default=False)
+
+
+def _ask_once(**_: object) -> tuple[type[_Unasked], dict[str, Any]] | None:
+    """Let a request ask for the bucket's region once.
+
+    Sent elsewhere without being told where, botocore asks by `HeadBucket`; if that is answered the
+    same, as by a proxy that sends everybody to https, it would ask for ever
+    (`botocore.utils.S3RegionRedirectorv2`).
+    """
+    if not _has_asked.get():
+        _has_asked.set(True)
+        return None
+    return _Unasked, {"Error": {}, "ResponseMetadata": {"HTTPHeaders": {}}}
 
 
 @functools.cache
