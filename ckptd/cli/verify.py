@@ -11,7 +11,6 @@ from ckptd.bars import progress_bar
 from ckptd.cli.console import add_row, new_table, plain, print_json, show
 from ckptd.cli.source import Src, Step, find_commit, open_source
 from ckptd.errors import ConfigError, CorruptError
-from ckptd.pipeline.threads import usable_cores
 from ckptd.pipeline.verify import Damage, VerifyReport, verify, verify_all
 from ckptd.units import format_bytes
 
@@ -30,12 +29,11 @@ def command(
     if is_all and step is not None:
         raise ConfigError("--all and --step exclude each other")
     with open_source(src) as store, progress_bar("verifying") as progress:
-        threads = usable_cores()
         if is_all:
-            reports = list(verify_all(store, is_data=is_data, threads=threads, progress=progress))
+            reports = list(verify_all(store, is_data=is_data, progress=progress))
         else:
             id_ = find_commit(store, step).id
-            reports = [verify(store, id_, is_data=is_data, threads=threads, progress=progress)]
+            reports = [verify(store, id_, is_data=is_data, progress=progress)]
         url = store.url
     if json:
         print_json({"source": url, "checkpoints": [_document(report) for report in reports]})

@@ -22,9 +22,9 @@ from ckptd.codec.chunk import (
     read_header,
     stored_bound,
 )
+from ckptd.cores import usable_cores
 from ckptd.errors import CorruptError, ObjectNotFoundError, StoreError, UnsupportedFormatError
 from ckptd.model.manifest import Chunk
-from ckptd.pipeline.threads import usable_cores
 from ckptd.plan.reading import ChunkRead, Region
 from ckptd.store.base import Store
 from ckptd.units import MIB

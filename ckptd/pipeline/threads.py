@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
-
-
-def usable_cores() -> int:
-    """Return how many cores this process may use: the affinity, not what the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
-
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")

@@ -21,7 +21,7 @@ from ckptd.model.keys import StepId
 from ckptd.model.manifest import Chunk, Manifest, RankManifest
 from ckptd.pipeline.catalog import list_commits, read_manifest, read_rank
 from ckptd.pipeline.each import each
-from ckptd.pipeline.read import Loader
+from ckptd.pipeline.read import Loader, readers_of
 from ckptd.plan.commit import manifest_of
 from ckptd.store.base import Store
 
@@ -111,7 +111,7 @@ class _Check:
         self._store = store
         self._stored = stored
         self._is_data = is_data
-        self._threads = threads or store.traits.requests
+        self._threads = threads or readers_of(store)
         self._known: dict[Chunk, str] = {}
 
     def run(self, id_: StepId, progress: Progress | None) -> VerifyReport:

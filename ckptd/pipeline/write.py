@@ -10,19 +10,20 @@ from typing import Literal, NamedTuple
 
 from ckptd import failpoints
 from ckptd.codec.chunk import Encoder, header_bytes, read_header, stored_bound
+from ckptd.cores import usable_cores
 from ckptd.errors import ObjectExistsError
 from ckptd.model.keys import ChunkId, StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
 from ckptd.pipeline.buffers import BufferPool
 from ckptd.pipeline.pace import Pace
-from ckptd.pipeline.threads import submit, usable_cores
+from ckptd.pipeline.threads import submit
 from ckptd.store.base import Store
 
 Compression = Literal["auto", "zstd", "none"]
 
 PUTS = 16
 MAX_CODERS = 4
-BUDGET_BYTES = 8 * (33 << 20)
+BUDGET_BYTES = 16 * (33 << 20)
 """Of all stores together; each has a budget of its own (`Traits.budget_bytes`)."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from ckptd.errors import StoreUnavailableError
 
 _SLICE_BYTES = 256 << 10
-READ_BYTES = 1 << 20
+READ_BYTES = 256 << 10
 
 
 class Body:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from ckptd.cores import usable_cores
 from ckptd.errors import (
     CredentialsError,
     ObjectExistsError,
@@ -26,7 +27,11 @@ from ckptd.units import MIB
 
 log = logging.getLogger(__name__)
 
-TRAITS = Traits(requests=16, window_bytes=34 * MIB, budget_bytes=8 * (33 << 20), is_patient=True)
+# A chunk of the usual size is one request. A connection to a cloud's store carries some 50 to 100 MB/s.
+_AT_ONCE = min(16, max(8, 2 * usable_cores()))
+TRAITS = Traits(
+    requests=_AT_ONCE, window_bytes=34 * MIB, budget_bytes=_AT_ONCE * (33 << 20), is_patient=True
+)
 _MAX_OFFSET = 1 << 50
 _LOCKS = 64
 

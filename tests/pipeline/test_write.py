@@ -11,10 +11,10 @@ import pytest
 from ckptd import failpoints
 from ckptd.codec.blocks import PLANES32, RAW
 from ckptd.codec.chunk import Decoder, Encoder, block_count, header_bytes, read_header, stored_bound
+from ckptd.cores import usable_cores
 from ckptd.errors import SlotMovedError, StoreError, StoreFullError, StoreUnavailableError
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
-from ckptd.pipeline.threads import usable_cores
 from ckptd.pipeline.write import ChunkWriter, Source, default_workers
 from ckptd.store.local import LocalStore
 from ckptd.store.memory import MemoryStore
