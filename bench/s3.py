@@ -51,6 +51,7 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mb", type=int, help="MiB in each turn, as objects of 32 (1024; 256)")
     parser.add_argument("--rounds", type=int, help="turns of each client that count (5; 3)")
     parser.add_argument("--only", help="names with commas: " + ", ".join(c.name for c in CLIENTS))
+    parser.add_argument("--window", type=int, help="MiB that ckptd-client reads in one request")
     parser.add_argument("--quick", action="store_true", help="256 MiB, 3 rounds")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
@@ -58,6 +59,8 @@ def parse_options(arguments: Sequence[str]) -> argparse.Namespace:
     options.rounds = options.rounds or (3 if options.quick else 5)
     if options.mb < 1 or options.rounds < 1:
         parser.error("--mb and --rounds are at least 1")
+    if options.window is not None:
+        s3_jobs.CkptdClient.window_bytes = max(1, options.window) << 20
     return options
 
 

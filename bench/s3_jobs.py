@@ -104,8 +104,9 @@ class CkptdClient(Threaded):
     """The store that ckptd's daemon writes to, alone."""
 
     name = "ckptd-client"
-    note = f"put_new and read_into ({TRAITS.window_bytes >> 20} MiB) from {TRAITS.requests} threads"
+    note = f"put_new and read_into, as a save and a restore do, from {TRAITS.requests} threads"
     threads = TRAITS.requests
+    window_bytes = TRAITS.window_bytes
     query = ""
 
     def open(self, parts: Sequence[bytes]) -> None:
@@ -126,7 +127,7 @@ class CkptdClient(Threaded):
 
     def get(self, turn: int, out: Sequence[memoryview]) -> Sequence[Part]:
         """Read windows, as a restore does."""
-        step = self._store.traits.window_bytes
+        step = self.window_bytes
         reads = [
             (self._name(turn, number), at, view[at : at + step])
             for number, view in enumerate(out)

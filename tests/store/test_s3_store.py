@@ -135,6 +135,31 @@ def test_many_threads_share_one_store(open_s3: Open) -> None:
     assert failed == []
 
 
+def test_n15_of_racing_committers_on_many_nodes_one_wins(open_s3: Open) -> None:
+    stores = [open_s3() for _ in range(4)]
+    for number in range(5):
+        key, won = f"checkpoints/{number:012d}-0001", []
+        gate = threading.Barrier(16)
+
+        def commit(
+            racer: int, key: str = key, won: list[int] = won, gate: threading.Barrier = gate
+        ):
+            gate.wait()
+            try:
+                stores[racer % 4].put_new(key, b"%d" % racer)
+            except ObjectExistsError:
+                return
+            won.append(racer)
+
+        threads = [threading.Thread(target=commit, args=(racer,)) for racer in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        assert stores[0].get(key, max_bytes=2) == b"%d" % won[0]
+
+
 # --- what it lists -----------------------------------------------------------------------------
 
 
@@ -198,7 +223,7 @@ def test_n7_no_bucket_is_ever_created(open_s3: Open, moto: S3Server) -> None:
         moto.client.head_bucket(Bucket=name)
 
 
-def test_no_multipart_upload_is_ever_begun(open_s3: Open, moto: S3Server) -> None:
+def test_n12_no_multipart_upload_is_ever_begun(open_s3: Open, moto: S3Server) -> None:
     store = open_s3()
     store.put_new(CHUNK, bytes(120 << 20))  # s3fs would cut it into parts
     assert moto.uploads(store.url.removeprefix("s3://")) == []
