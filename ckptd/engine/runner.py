@@ -20,6 +20,7 @@ from ckptd.engine.events import Effect, Event
 from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.state import Engine
 from ckptd.errors import (
+    CheckpointNotFoundError,
     CkptdError,
     IncompleteError,
     ProtocolError,
@@ -354,6 +355,8 @@ def _clear_frames(error: BaseException | None) -> None:
 def _is_there(store: Store) -> bool:
     try:
         check_root(store)
-    except CkptdError:
+    except CheckpointNotFoundError:
         return False
+    except CkptdError:
+        return store.traits.is_patient  # a folder is opened anew; a service is there or is not
     return True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from ckptd.pipeline.threads import submit
 from ckptd.store.base import Store
 
 _LEAST = 8
@@ -26,6 +27,8 @@ def each(store: Store, work: Callable[[T], R], items: Iterable[T]) -> Generator[
     threads = min(len(rows), max(_LEAST, store.traits.requests))
     with ThreadPoolExecutor(threads, thread_name_prefix="ckptd-each") as pool:
         try:
-            yield from pool.map(work, rows)
+            futures = [submit(pool, work, row) for row in rows]
+            for future in futures:
+                yield future.result()
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -98,8 +98,10 @@ class ChunkWriter:
             )
             job.check()  # the buffer may have been long in coming
             mode = job.compression
-            if mode == "auto" and not job.store.has_conditional_put:
-                mode = "zstd"  # ranks of other nodes may overwrite this chunk: with the same bytes
+            if not job.store.has_conditional_put:
+                # A rank of another node may overwrite this chunk, and only raw bytes are the same
+                # whatever coded them there.
+                mode = "none"
             elif mode == "auto" and not job.pace.is_worth_coding():
                 mode = "none"
             with job.pace.coding(raw_bytes) if mode != "none" else nullcontext():

@@ -26,7 +26,7 @@ from ckptd.store.client import Limits, Page
 from ckptd.store.codes import Answer, translate
 from ckptd.store.loop import LoopThread
 
-CONDITIONAL = frozenset({"gs", "gcs", "az", "abfs", "abfss", "adl"})
+CONDITIONAL = frozenset({"gs", "gcs", "az", "abfs", "abfss"})
 """Protocols whose file systems pass ``mode="create"`` on to the service: gcsfs as
 ``ifGenerationMatch=0``, adlfs as ``If-None-Match: *``. All others look first and then write."""
 
@@ -63,11 +63,13 @@ class FsspecClient:
             )
         try:
             self._files = kind(**chosen)
-        except (TypeError, ValueError) as error:
+        except Exception as error:
             self.close()
-            raise ConfigError(
-                f"{kind.__name__} does not take storage_options {sorted(options)}"
-            ) from error
+            if isinstance(error, (TypeError, ValueError)):
+                raise ConfigError(
+                    f"{kind.__name__} does not take storage_options {sorted(options)}"
+                ) from None
+            raise self._error("", error) from error  # some connect at once
 
     def put(self, key: str, data: Buffer, *, if_absent: bool) -> bool:
         """See `ObjectClient.put`."""

@@ -9,7 +9,7 @@ from ckptd.errors import ConfigError
 from ckptd.store.base import Buffer, Entry
 
 REQUEST_TIMEOUT_S = 30.0
-RETRY_S = 90.0
+RETRY_S = 180.0
 
 
 class Limits(NamedTuple):
@@ -100,5 +100,7 @@ def split_options(options: Mapping[str, object]) -> tuple[Limits, dict[str, obje
             value = rest.pop(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
                 raise ConfigError(f"storage_options[{name!r}] must be a number above zero")
-            chosen[name] = value
+            if name == "attempts" and value != int(value):
+                raise ConfigError("storage_options['attempts'] must be a whole number")
+            chosen[name] = int(value) if name == "attempts" else value
     return Limits()._replace(**chosen), rest  # type: ignore[arg-type]

@@ -96,7 +96,7 @@ _STATUS: dict[int, _Meaning] = {
     307: _UNAVAILABLE,
     401: _CREDENTIALS,
     403: _DENIED,
-    404: _CODES["NoSuchKey"],
+    404: _UNAVAILABLE,  # without S3's own code: somebody in between, and never absence
     408: _UNAVAILABLE,
     409: _UNAVAILABLE,
     412: _CODES["PreconditionFailed"],

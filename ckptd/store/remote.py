@@ -33,6 +33,7 @@ TRAITS = Traits(
     requests=_AT_ONCE, window_bytes=34 * MIB, budget_bytes=_AT_ONCE * (33 << 20), is_patient=True
 )
 _MAX_OFFSET = 1 << 50
+_RENEW_S = 30.0
 _LOCKS = 64
 
 T = TypeVar("T")
@@ -54,9 +55,11 @@ class RemoteStore:
         self.has_conditional_put = has_conditional_put
         self._client = client
         self._limits = limits
+        self._is_proven = False  # conditions were obeyed once
         self._has_warned = False
         self._renewing = threading.Lock()  # guards `_renewals`, which counts them
         self._renewals = 0
+        self._renewed_s = -_RENEW_S
         self._rng = random.Random()  # noqa: S311 - jitter
         self._locks = [threading.Lock() for _ in range(_LOCKS)]  # each guards some keys' `put_new`
 
@@ -135,6 +138,7 @@ class RemoteStore:
             try:
                 self._tried(lambda: self._client.put(key, data, if_absent=True))
             except ObjectExistsError:
+                self._is_proven = True
                 return True
             self.has_conditional_put = False
         return False
@@ -164,10 +168,15 @@ class RemoteStore:
             return self._retrying(operation)
         except CredentialsError as error:
             with self._renewing:
-                if self._renewals == seen:  # else another thread looked since this call began
+                if self._renewals != seen:
+                    pass  # another thread looked since this call began
+                elif time.monotonic() < self._renewed_s + _RENEW_S:
+                    raise
+                else:
                     log.warning("%s; looking for credentials anew", error)
                     self._client.renew()
                     self._renewals += 1
+                    self._renewed_s = time.monotonic()
             return self._retrying(operation)
 
     def _retrying(self, operation: Callable[[], T]) -> T:
@@ -180,6 +189,8 @@ class RemoteStore:
         if self.has_conditional_put:
             if self._client.put(key, data, if_absent=True):
                 return
+            if self._is_proven:  # it has known them before: somebody in between answers
+                raise StoreUnavailableError(key, "the store knows no conditional writes any more")
             self.has_conditional_put = False
         with self._locks[hash(key) % _LOCKS]:
             try:
@@ -212,10 +223,10 @@ class RemoteStore:
                 entries += page.entries
             page = page._replace(after=None)
             entries.sort()
-        last = ""
+        last: str | None = None
         while True:
             for entry in entries:
-                if entry.key <= last:
+                if last is not None and entry.key <= last:
                     raise StoreUnavailableError(prefix, f"{self.url} lists keys out of order")
                 last = entry.key
                 if entry.key.startswith(prefix) and keys.is_key(entry.key):

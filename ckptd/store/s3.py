@@ -18,6 +18,7 @@ from typing import Any
 
 import botocore.exceptions as boto
 from aiohttp import ClientError as HttpError
+from urllib3.exceptions import HTTPError as PlainHttpError
 
 from ckptd.errors import (
     CkptdError,
@@ -45,7 +46,12 @@ _SETTINGS = (
     boto.InvalidConfigError, boto.UnknownServiceError, boto.InvalidEndpointConfigurationError,
     boto.ConfigParseError, boto.ConfigNotFound,
 )  # fmt: skip
-_RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)", re.ASCII)
+
+
+_USER = re.compile(r"//[^/@\s]+@")  # in a URL, perhaps with a password
+_UNAVAILABLE = (
+    TimeoutError, asyncio.TimeoutError, boto.BotoCoreError, HttpError, PlainHttpError, OSError,
+)  # fmt: skip
 
 
 class S3Client:
@@ -109,6 +115,7 @@ class S3Client:
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """See `Store.get`."""
         with self._border(key):
+            # The answer's length is not known yet; how long it may take is decided when it is.
             data: bytes = self._run(self._get(key, max_bytes), max_bytes)
             return data
 
@@ -203,7 +210,7 @@ class S3Client:
         return await operation(**self._settings.added_to(operation, kwargs))
 
     async def _get(self, key: str, max_bytes: int) -> bytes:
-        answer = await self._call("get_object", key)
+        answer = await asyncio.wait_for(self._call("get_object", key), self._limits.timeout_s(0))
         count = answer["ContentLength"]
         async with answer["Body"] as body:
             check_object(answer, key)
@@ -211,7 +218,8 @@ class S3Client:
                 body.close()
                 raise StoreError(key, f"{count} bytes, more than the {max_bytes} allowed")
             data = bytearray(count)
-            await fill(body, Target(memoryview(data)), key)
+            filling = fill(body, Target(memoryview(data)), key)
+            await asyncio.wait_for(filling, self._limits.timeout_s(count))
         return bytes(data)
 
     async def _size(self, key: str) -> int:
@@ -242,9 +250,10 @@ class S3Client:
             ) from error  # fmt: skip
         except _SETTINGS as error:
             raise ConfigError(f"s3://{self._bucket}: {error}") from error
-        except (TimeoutError, boto.BotoCoreError, HttpError, OSError) as error:
-            why = str(error) or type(error).__name__
-            raise StoreUnavailableError(key, f"s3://{self._bucket} failed ({why})") from error
+        except _UNAVAILABLE as error:
+            why = _USER.sub("//", str(error) or type(error).__name__)
+            cause = error if why == str(error) else None  # which would tell all the same
+            raise StoreUnavailableError(key, f"s3://{self._bucket} failed ({why})") from cause
 
 
 def _is_redirect(error: BaseException | None) -> bool:

@@ -19,26 +19,21 @@ from ckptd.store.base import check_range
 from ckptd.store.bodies import READ_BYTES, Target
 from ckptd.store.s3_settings import S3Settings
 
-THREADS = 32
 _RANGE = re.compile(r"bytes ([0-9]+)-[0-9]+/([0-9]+)", re.ASCII)
 
 
 class S3Reader:
     """Reads through a client of botocore, made of the same settings as the other one.
 
-    A request runs on a thread of this reader's own, and whoever asked waits no longer than the
-    deadline. What hangs then ends by the timeouts of its socket and writes no more.
+    Each request runs on a thread of its own, and whoever asked waits no longer than the deadline. What
+    hangs then writes no more, and holds nobody up: not even the end of the process.
     """
 
     def __init__(self, settings: S3Settings, bucket: str) -> None:
         self._settings = settings
         self._bucket = bucket
-        self._pool = concurrent.futures.ThreadPoolExecutor(
-            THREADS, thread_name_prefix="ckptd-s3-read"
-        )
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards _client
         self._client: Any = None
-        self._is_hanging = False
 
     def read(self, name: str, key: str, offset: int, out: memoryview, timeout_s: float) -> int:
         """Fill `out` from `offset` on; return the length of the object `name`, which is `key` to us.
@@ -49,14 +44,29 @@ class S3Reader:
         """
         target = Target(out)
         end_s = time.monotonic() + timeout_s
-        run = contextvars.copy_context().run  # what a request remembers is not the next one's
-        future = self._pool.submit(run, self._fill, name, key, offset, target, end_s)
+        done: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+        def work() -> None:
+            try:
+                done.set_result(self._fill(name, key, offset, target, end_s))
+            except BaseException as error:  # noqa: BLE001 - raised by who waits
+                done.set_exception(error)
+
+        # In a context of its own: what a request remembers is not the next one's.
+        run = contextvars.copy_context().run
+        thread = threading.Thread(target=run, args=(work,), name="ckptd-s3-read", daemon=True)
         try:
-            return future.result(timeout_s)
+            thread.start()
+        except RuntimeError:  # the interpreter ends, and starts no threads any more
+            work()
+        try:
+            size = done.result(timeout_s)
+            if thread.ident is not None:
+                thread.join()
+            return size
         except concurrent.futures.TimeoutError:
-            if future.done():
+            if done.done():
                 raise  # its own
-            self._is_hanging = not future.cancel() or self._is_hanging
             raise TimeoutError(f"no answer within {timeout_s:.0f} s") from None
         finally:
             target.end()
@@ -67,8 +77,7 @@ class S3Reader:
             self._client = None
 
     def close(self) -> None:
-        """End the threads. May be repeated."""
-        self._pool.shutdown(wait=not self._is_hanging, cancel_futures=True)
+        """Close the connections. May be repeated."""
         with self._lock:
             client, self._client = self._client, None
         if client is not None:
@@ -99,9 +108,14 @@ class S3Reader:
 
     def _connected(self) -> Any:
         with self._lock:
-            if self._client is None:
-                self._client = self._settings.make_plain_client()
-            return self._client
+            client = self._client
+        if client is None:
+            # Not under the lock: a program that finds credentials may hang.
+            client = self._settings.make_plain_client()
+            with self._lock:
+                self._client = self._client or client
+                client = self._client
+        return client
 
 
 def check_object(answer: Mapping[str, Any], key: str) -> None:
@@ -111,7 +125,6 @@ def check_object(answer: Mapping[str, Any], key: str) -> None:
         StoreUnavailableError: it is none.
     """
     if not answer.get("ETag"):
-        answer["Body"].close()
         raise StoreUnavailableError(key, "what the store answered is no object")
 
 

@@ -8,13 +8,16 @@ import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any
+from urllib.parse import urlsplit
 
 import s3fs
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.config import Config
+from botocore.exceptions import BotoCoreError
 from botocore.handlers import add_expect_header
 from botocore.session import Session
+from s3fs.utils import ParamKwargsHelper
 
 from ckptd.errors import ConfigError
 
@@ -40,8 +43,15 @@ class S3Settings:
             raise ConfigError(f"s3fs knows no storage_options {unknown}; see s3fs.S3FileSystem")
         chosen: dict[str, Any] = {k: v for k, v in options.items() if k not in _OF_SESSION}
         self._profile: Any = options.get("profile")
+        for name in ("client_kwargs", "s3_additional_kwargs"):
+            chosen[name] = mapping_of(chosen, name)
+        for url in (chosen.get("endpoint_url"), chosen["client_kwargs"].get("endpoint_url")):
+            if "@" in urlsplit(str(url or "")).netloc:
+                raise ConfigError(
+                    "endpoint_url must not hold a user or a password; use key, secret"
+                )
         chosen |= {
-            "config_kwargs": _config(chosen),
+            "config_kwargs": _config(chosen, self._profile),
             "session": _LATER,
             "asynchronous": True, "loop": loop,
             "skip_instance_cache": True, "use_listings_cache": False,
@@ -95,6 +105,8 @@ class S3Settings:
         except (TypeError, ValueError) as error:
             raise self._unfit(error) from None
         client.meta.events.register("before-call.s3.HeadBucket", _ask_once)
+        if not hasattr(files, "_kwargs_helper"):  # which s3fs's own client makes
+            files._kwargs_helper = ParamKwargsHelper(client)  # noqa: SLF001
         return client
 
     def added_to(self, operation: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +133,7 @@ def mapping_of(options: Mapping[str, object], name: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _config(options: Mapping[str, object]) -> dict[str, Any]:
+def _config(options: Mapping[str, object], profile: Any) -> dict[str, Any]:
     config: dict[str, Any] = {
         "connect_timeout": 10, "read_timeout": 20, "max_pool_connections": MAX_CONNECTIONS,
         # Every block has a hash of ours, and botocore would check whole objects only.
@@ -129,7 +141,12 @@ def _config(options: Mapping[str, object]) -> dict[str, Any]:
         **mapping_of(options, "config_kwargs"),
         "retries": {"mode": "standard", "total_max_attempts": 1},
     }  # fmt: skip
-    if str(config.get("request_checksum_calculation", "")) != "when_required":
+    name = "request_checksum_calculation"
+    try:
+        found = config.get(name) or Session(profile=profile).get_config_variable(name)
+    except BotoCoreError as error:
+        raise ConfigError(f"the profile of S3 cannot be used: {error}") from None
+    if str(found).lower() != "when_required":
         # A checksum and a signed payload would be the same twice; the second costs a SHA-256.
         config["s3"] = {"payload_signing_enabled": False, **mapping_of(config, "s3")}
     return config

@@ -7,6 +7,7 @@ bucket `CKPTD_TEST_S3_BUCKET`, and the credentials that the environment holds.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -83,7 +84,9 @@ def open_obstore(open_s3: Callable[..., RemoteStore], bucket: str) -> Callable[.
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits of a `RemoteStore` between attempts, which take no time."""
     seen: list[float] = []
-    monkeypatch.setattr("ckptd.store.remote.time", SimpleNamespace(sleep=seen.append))
+    clock = SimpleNamespace(sleep=seen.append, monotonic=time.monotonic)
+    monkeypatch.setattr("ckptd.store.remote.time", clock)
+    monkeypatch.setattr("ckptd.store.remote._RENEW_S", -1.0)  # tests share a store
     return seen
 
 

@@ -22,8 +22,8 @@ KEY = "ranks/000000001000-0007/00003"
 TABLE = [
     # status, code, what it means
     (404, "NoSuchKey", ObjectNotFoundError),
-    (404, "", ObjectNotFoundError),
-    (404, "404", ObjectNotFoundError),  # botocore, of a HEAD
+    (404, "", StoreUnavailableError),
+    (404, "404", StoreUnavailableError),  # botocore, of a HEAD
     (412, "PreconditionFailed", ObjectExistsError),
     (412, "", ObjectExistsError),
     (404, "NoSuchBucket", BucketNotFoundError),

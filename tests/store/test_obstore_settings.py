@@ -106,7 +106,7 @@ def test_n6_credentials_and_region_are_those_that_botocore_finds(
         else:
             options[name] = value
     proxy.fail(Page(b"x", (("ETag", '"x"'),)), times=None)  # moto asks who anonymous is
-    open_obstore(through=proxy, **options).get(KEY, max_bytes=1)
+    open_obstore(through=proxy, **options).read_into(KEY, 0, memoryview(bytearray(1)))
     said = proxy.requests[0].headers.get("authorization", "")
     match = re.search(r"Credential=(\w+)/\d+/([\w-]+)/", said)
     assert (match and "/".join(match.groups())) == found
@@ -117,7 +117,7 @@ def test_n6_credentials_that_are_not_found_are_said_to_be_missing(
 ) -> None:
     def ask() -> None:
         with pytest.raises(CredentialsError, match="AWS_PROFILE") as caught:
-            open_obstore(key=None, secret=None).get(KEY, max_bytes=1)
+            open_obstore(key=None, secret=None).read_into(KEY, 0, memoryview(bytearray(1)))
         check_silent(told(caught.value))
 
     def fail(*_: object) -> None:
@@ -156,7 +156,7 @@ def test_options_that_have_no_meaning_are_refused_without_their_values(
     open_obstore: Open, options: dict
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        open_obstore(**{**CANARIES, **options}).get(KEY, max_bytes=1)
+        open_obstore(**{**CANARIES, **options}).read_into(KEY, 0, memoryview(bytearray(1)))
     assert next(iter(options)) in str(caught.value)
     check_silent(told(caught.value))
 

@@ -13,6 +13,7 @@ from ckptd.errors import (
     CredentialsError,
     ObjectExistsError,
     StoreError,
+    StoreUnavailableError,
     StoreUnsupportedError,
 )
 from ckptd.store.anyfs import FsspecClient
@@ -330,3 +331,70 @@ def test_n16_a_service_that_knows_no_put_at_all_is_not_taken_for_a_weak_one(
     with pytest.raises(StoreUnsupportedError):
         store.put_new(RANK, b"x")
     assert list(store.list("")) == []
+
+
+# --- what reviews found ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("client", ["s3fs", "obstore"])
+def test_r1_a_404_of_somebody_in_between_is_not_absence(
+    open_s3: Open, bucket: str, proxy: FaultProxy, client: str
+) -> None:
+    store = open_s3(url=f"s3://{bucket}/run?client={client}", through=proxy, attempts=1)
+    create_root(store)
+    proxy.fail(Status(404), times=None)
+    for call in (
+        lambda: check_root(store),
+        lambda: store.get(RANK, max_bytes=1),
+        lambda: store.read_into(RANK, 0, memoryview(bytearray(1))),
+        lambda: list(store.list("")),
+    ):
+        with pytest.raises(StoreUnavailableError):
+            call()
+
+
+def test_the_marker_of_a_folder_stops_no_root(open_s3: Open, moto: S3Server) -> None:
+    store = open_s3()
+    bucket, _, prefix = store.url.removeprefix("s3://").partition("/")
+    moto.client.put_object(Bucket=bucket, Key=f"{prefix}/", Body=b"")
+    create_root(store)
+    assert [e.key for e in store.list("")] == ["ckptd.json"]
+
+
+def test_n16_a_store_that_knew_conditions_does_not_become_a_weak_one(
+    open_s3: Open, proxy: FaultProxy
+) -> None:
+    store = open_s3(through=proxy, attempts=1)
+    create_root(store)
+    proxy.fail(Status(501, "NotImplemented"), method="PUT", times=None)
+    with pytest.raises(StoreUnavailableError):
+        store.put_new(COMMIT, b"x")
+    assert store.has_conditional_put
+
+
+def test_n6_credentials_that_stay_wrong_are_not_looked_for_at_each_call(
+    open_s3: Open, proxy: FaultProxy
+) -> None:
+    store = open_s3(through=proxy)
+    proxy.fail(Status(400, "ExpiredToken"), times=None)
+    for _ in range(5):
+        with pytest.raises(CredentialsError):
+            store.get(RANK, max_bytes=1)
+    assert len(proxy.requests) == 6, "two of the first call, one of each later one"
+
+
+def test_checksums_that_the_environment_switches_off_leave_a_signature(
+    open_s3: Open, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    open_s3(through=proxy).put_new(CHUNK, b"x" * 1000)
+    (asked,) = proxy.requests
+    assert not [name for name in asked.headers if "checksum" in name]
+    assert len(asked.headers["x-amz-content-sha256"]) == 64
+
+
+def test_a_range_may_be_the_first_call(open_s3: Open) -> None:
+    open_s3().put_new(CHUNK, b"abc")
+    out = bytearray(2)
+    assert open_s3().read_into(CHUNK, 1, memoryview(out)) == 3
+    assert out == b"bc"
