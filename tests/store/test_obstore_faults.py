@@ -380,8 +380,9 @@ def test_s7_no_error_and_no_log_tells_a_secret(
         proxy.clear()
     assert len(raised) >= 7
     assert proxy.requests[0].headers["x-amz-security-token"] == "CANARYTOKEN", "it was used"
+    url = "http://user:CANARYSECRET@127.0.0.1:9"
     with pytest.raises(ConfigError, match="endpoint_url") as refused:
-        open_obstore(endpoint_url="http://user:CANARYSECRET@127.0.0.1:9")
+        open_obstore(endpoint_url=url)
     check_silent(told(refused.value))
     assert "looking for credentials anew" in caplog.text
     check_silent(caplog.text)

@@ -106,7 +106,7 @@ def test_n6_credentials_and_region_are_those_that_botocore_finds(
         else:
             options[name] = value
     proxy.fail(Page(b"x", (("ETag", '"x"'),)), times=None)  # moto asks who anonymous is
-    open_obstore(through=proxy, **options).read_into(KEY, 0, memoryview(bytearray(1)))
+    open_obstore(through=proxy, **options).put(KEY, b"x")
     said = proxy.requests[0].headers.get("authorization", "")
     match = re.search(r"Credential=(\w+)/\d+/([\w-]+)/", said)
     assert (match and "/".join(match.groups())) == found
