@@ -92,7 +92,6 @@ class RemoteStore:
         except ObjectExistsError:
             if attempts == 1 or is_deferred or not self._holds(key, data):
                 raise
-
         finally:
             self._note_versions()
 
@@ -215,9 +214,9 @@ class RemoteStore:
     def _list(self, prefix: str) -> Iterator[Entry]:
         page = self._page(prefix, None)
         entries = page.entries
-        if (
-            entries != sorted(entries)
-        ):  # a directory bucket, https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html
+        # A directory bucket lists in no order:
+        # https://docs.aws.amazon.com/AmazonS3/latest/userguide/s3-express-differences.html
+        if entries != sorted(entries):
             while page.after is not None:
                 page = self._page(prefix, page.after)
                 entries += page.entries

@@ -46,8 +46,6 @@ _SETTINGS = (
     boto.InvalidConfigError, boto.UnknownServiceError, boto.InvalidEndpointConfigurationError,
     boto.ConfigParseError, boto.ConfigNotFound,
 )  # fmt: skip
-
-
 _USER = re.compile(r"//[^/@\s]+@")  # in a URL, perhaps with a password
 _UNAVAILABLE = (
     TimeoutError, asyncio.TimeoutError, boto.BotoCoreError, HttpError, PlainHttpError, OSError,
@@ -59,6 +57,9 @@ class S3Client:
 
     `options` are those of `s3fs.S3FileSystem`. Its event loop runs on a thread of its own, which
     ends, with all connections, in `close`.
+
+    Attributes:
+        settings: what clients are made of.
     """
 
     def __init__(
@@ -74,11 +75,11 @@ class S3Client:
         self._client: Any = None
         self._former: list[Any] = []
         try:
-            self._settings = S3Settings(options, self._loop.loop)
+            self.settings = S3Settings(options, self._loop.loop)
         except ConfigError:
             self._loop.close()
             raise
-        self._reader = S3Reader(self._settings, bucket)
+        self._reader = S3Reader(self.settings, bucket)
 
     @property
     def is_versioned(self) -> bool:
@@ -192,7 +193,7 @@ class S3Client:
         """Return the client; build it if there is none. Nothing is sent."""
         async with self._building:
             if self._client is None:
-                client = await self._settings.make_client()
+                client = await self.settings.make_client()
                 config = client.meta.config
                 self._is_checked = config.request_checksum_calculation != "when_required"
                 self._client = client
@@ -201,13 +202,13 @@ class S3Client:
     async def _call(self, method: str, key: str | None, **kwargs: Any) -> Any:
         await self._connected()
         # That one, or one of the bucket's own region.
-        client = await self._settings.files.get_s3(self._bucket)
+        client = await self.settings.files.get_s3(self._bucket)
         operation = getattr(client, method)
         if key is not None:
             kwargs["Key"] = self._prefix + key
         kwargs["Bucket"] = self._bucket
         # Encryption and the like, from the options, as far as the operation takes them.
-        return await operation(**self._settings.added_to(operation, kwargs))
+        return await operation(**self.settings.added_to(operation, kwargs))
 
     async def _get(self, key: str, max_bytes: int) -> bytes:
         answer = await asyncio.wait_for(self._call("get_object", key), self._limits.timeout_s(0))
@@ -241,8 +242,7 @@ class S3Client:
         except CkptdError:
             raise
         except boto.ClientError as error:
-            answer = answer_of(error.response)
-            raise translate(answer, key) from error
+            raise translate(answer_of(error.response), key) from error
         except _NO_CREDENTIALS as error:
             raise CredentialsError(
                 key, f"no usable credentials for s3://{self._bucket} ({error}); set AWS_PROFILE or "

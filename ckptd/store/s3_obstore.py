@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-import botocore.session
 import numpy as np
 import obstore
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ConfigNotFound,
@@ -38,7 +36,7 @@ from ckptd.store.base import Buffer, check_range
 from ckptd.store.client import Limits, Page
 from ckptd.store.codes import Answer, translate
 from ckptd.store.s3 import S3Client
-from ckptd.store.s3_settings import mapping_of
+from ckptd.store.s3_settings import S3Settings, mapping_of
 from ckptd.units import MIB
 
 _SMALL_BYTES = MIB
@@ -174,7 +172,7 @@ class ObstoreClient:
         most = next(size for size in (_SMALL_BYTES, _LARGE_BYTES, longest) if count <= size)
         with self._opening:
             if most not in self._stores:
-                self._facts = self._facts or _resolve(self._options)
+                self._facts = self._facts or _resolve(self._s3fs.settings, self._options)
                 self._stores[most] = self._open(self._limits.timeout_s(most))
             return self._stores[most]
 
@@ -237,21 +235,10 @@ def _answer_of(error: Exception) -> Answer | None:
     return Answer(301, "") if _REDIRECT in text else None
 
 
-def _resolve(options: Mapping[str, Any]) -> Any:
+def _resolve(settings: S3Settings, options: Mapping[str, object]) -> Any:
     """Make a client of botocore, which sends nothing, for what it finds out."""
-    given = {
-        "aws_access_key_id": options.get("key") or options.get("username"),
-        "aws_secret_access_key": options.get("secret") or options.get("password"),
-        "aws_session_token": options.get("token"),
-        "endpoint_url": options.get("endpoint_url"),
-        "use_ssl": options.get("use_ssl", True),
-    }
-    given = {k: v for k, v in given.items() if v is not None}
     try:
-        session = botocore.session.Session(profile=options.get("profile"))
-        return session.create_client(
-            "s3", config=Config(), **{**given, **mapping_of(options, "client_kwargs")}
-        )
+        return settings.make_plain_client()
     except _SETTINGS as error:
         raise _unfit(options, error) from None
     except BotoCoreError as error:  # it asks for credentials, and does nothing else that may fail

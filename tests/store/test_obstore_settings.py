@@ -62,7 +62,9 @@ def test_n6_threads_whose_token_expired_find_the_new_one_together(
     bare.write("credentials", *lines, "aws_session_token = NEWTOKEN")
     made = []
     resolve = s3_obstore._resolve
-    bare.monkeypatch.setattr(s3_obstore, "_resolve", lambda given: made.append(1) or resolve(given))
+    bare.monkeypatch.setattr(
+        s3_obstore, "_resolve", lambda *given: made.append(1) or resolve(*given)
+    )
     proxy.fail(Expired("OLDTOKEN"), times=None)
     acts = (lambda n=n: store.put_new(f"attempts/{n:04d}", b"x") for n in range(100, 108))
     assert together(*acts) == [None] * 8
