@@ -49,28 +49,29 @@ def create_root(store: Store) -> None:
             store.put_new(keys.ROOT_RECORD, msgspec.json.encode(RootRecord(FORMAT)))
         except ObjectExistsError:
             _is_root(store)
+    if isinstance(store, LocalStore):
+        store.check_writable()
     check_writer(store)
 
 
 def check_writer(store: Store) -> None:
-    """Make sure that a root takes writes, and learn whether its service knows conditional ones.
+    """Learn, for a writer, whether the service of a root knows conditional writes.
 
     The record of the root is put once more: it has the same bytes for everybody, so a service that
-    does not look at the condition changes nothing.
+    does not look at the condition changes nothing. A folder needs no asking.
 
     Raises:
         StoreError: the root cannot be written.
     """
-    if isinstance(store, LocalStore):
-        store.check_writable()
-    elif isinstance(store, RemoteStore):
-        record = store.get(keys.ROOT_RECORD, max_bytes=_MAX_BYTES)
-        if not store.check_condition(keys.ROOT_RECORD, record):
-            log.warning(
-                "%s knows no conditional writes: only the daemon of rank 0 commits, resume finishes "
-                "nothing, and two jobs must not start in it at once; see docs/operations.md",
-                store.url,
-            )
+    if not isinstance(store, RemoteStore):
+        return
+    record = store.get(keys.ROOT_RECORD, max_bytes=_MAX_BYTES)
+    if not store.check_condition(keys.ROOT_RECORD, record):
+        log.warning(
+            "%s knows no conditional writes: only the daemon of rank 0 commits, resume finishes "
+            "nothing, and two jobs must not start in it at once; see docs/operations.md",
+            store.url,
+        )
 
 
 def check_root(store: Store) -> None:
