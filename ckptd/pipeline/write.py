@@ -17,13 +17,13 @@ from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
 from ckptd.pipeline.buffers import BufferPool
 from ckptd.pipeline.pace import Pace
 from ckptd.pipeline.threads import submit
-from ckptd.store.base import Store
+from ckptd.store.base import CHUNK_ROOM_BYTES, Store
 
 Compression = Literal["auto", "zstd", "none"]
 
 PUTS = 16
 MAX_CODERS = 4
-BUDGET_BYTES = 16 * (33 << 20)
+BUDGET_BYTES = PUTS * CHUNK_ROOM_BYTES
 """Of all stores together; each has a budget of its own (`Traits.budget_bytes`)."""
 
 

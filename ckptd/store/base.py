@@ -33,6 +33,15 @@ class Traits(NamedTuple):
     is_patient: bool
 
 
+CHUNK_ROOM_BYTES = 33 << 20
+"""What a chunk of the usual size takes, coded and with its header, at most."""
+
+# A window is large enough for a disk and small enough to stay in a processor's last cache until it
+# is decoded; four chunks are two that are coded while two are stored.
+NEAR = Traits(requests=4, window_bytes=2 << 20, budget_bytes=4 * CHUNK_ROOM_BYTES, is_patient=False)
+"""Of a store in this machine, or as near as a folder."""
+
+
 class Store(Protocol):
     """Objects under keys (`ckptd.model.keys`), below one root.
 

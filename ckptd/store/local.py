@@ -25,12 +25,11 @@ from ckptd.errors import (
 )
 from ckptd.model import keys
 from ckptd.store import direct
-from ckptd.store.base import Buffer, Entry, Traits, check_range
+from ckptd.store.base import NEAR, Buffer, Entry, check_range
 from ckptd.store.errnos import border
 from ckptd.store.folders import Folders
 from ckptd.store.temps import TMP, Temp, Temps
 from ckptd.store.walk import check_prefix, walk
-from ckptd.units import MIB
 
 # O_NONBLOCK: somebody's FIFO under a key must not hang a reader.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
@@ -45,7 +44,7 @@ class LocalStore:
     `clock` stands in for the file system's clock where that cannot be asked.
     """
 
-    traits = Traits(requests=4, window_bytes=2 * MIB, budget_bytes=4 * (33 << 20), is_patient=False)
+    traits = NEAR
     has_conditional_put = True
     keeps_deleted = False
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptd.errors import ObjectExistsError, ObjectNotFoundError, StoreError
-from ckptd.model import keys
-from ckptd.store.base import Buffer, Entry, Traits, check_range
-from ckptd.store.walk import check_prefix
-from ckptd.units import MIB
+from ckptd.store.base import NEAR, Buffer, Entry, check_range
+from ckptd.store.walk import check_key, check_prefix
 
 _shared: dict[str, MemoryStore] = {}
 _shared_lock = threading.Lock()  # guards _shared
@@ -20,7 +18,7 @@ _shared_lock = threading.Lock()  # guards _shared
 class MemoryStore:
     """Objects in a dict. `clock` gives the time of the store, in seconds since 1970."""
 
-    traits = Traits(requests=4, window_bytes=2 * MIB, budget_bytes=4 * (33 << 20), is_patient=False)
+    traits = NEAR
     has_conditional_put = True
     keeps_deleted = False
 
@@ -40,14 +38,14 @@ class MemoryStore:
 
     def put(self, key: str, data: Buffer) -> None:
         """See `Store.put`."""
-        _check(key)
+        check_key(key)
         with self._lock:
             self._objects[key] = (bytes(data), self._clock())
 
     def put_new(self, key: str, data: Buffer, *, is_deferred: bool = False) -> None:
         """See `Store.put_new`. Nothing here outlives the process, so nothing is deferred."""
         del is_deferred
-        _check(key)
+        check_key(key)
         with self._lock:
             if key in self._objects:
                 raise ObjectExistsError(key, "exists already")
@@ -79,7 +77,7 @@ class MemoryStore:
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        _check(key)
+        check_key(key)
         with self._lock:
             self._objects.pop(key, None)
 
@@ -96,13 +94,8 @@ class MemoryStore:
         """See `Store.close`. A shared store keeps its objects."""
 
     def _find(self, key: str) -> bytes:
-        _check(key)
+        check_key(key)
         with self._lock:
             if key not in self._objects:
                 raise ObjectNotFoundError(key, f"not found in {self.url}")
             return self._objects[key][0]
-
-
-def _check(key: str) -> None:
-    if not keys.is_key(key):
-        raise ValueError(f"not a key: {key[:200]!r}")

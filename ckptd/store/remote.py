@@ -19,10 +19,10 @@ from ckptd.errors import (
     StoreUnavailableError,
 )
 from ckptd.model import keys
-from ckptd.store.base import Buffer, Entry, Traits, check_range
+from ckptd.store.base import CHUNK_ROOM_BYTES, Buffer, Entry, Traits, check_range
 from ckptd.store.client import Limits, ObjectClient, Page
 from ckptd.store.retry import retrying
-from ckptd.store.walk import check_prefix
+from ckptd.store.walk import check_key, check_prefix
 from ckptd.units import MIB
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,10 @@ log = logging.getLogger(__name__)
 # A chunk of the usual size is one request. A connection to a cloud's store carries some 50 to 100 MB/s.
 _AT_ONCE = min(16, max(8, 2 * usable_cores()))
 TRAITS = Traits(
-    requests=_AT_ONCE, window_bytes=34 * MIB, budget_bytes=_AT_ONCE * (33 << 20), is_patient=True
+    requests=_AT_ONCE,
+    window_bytes=34 * MIB,
+    budget_bytes=_AT_ONCE * CHUNK_ROOM_BYTES,
+    is_patient=True,
 )
 _MAX_OFFSET = 1 << 50
 _RENEW_S = 30.0
@@ -70,7 +73,7 @@ class RemoteStore:
 
     def put(self, key: str, data: Buffer) -> None:
         """See `Store.put`."""
-        _check(key)
+        check_key(key)
         self._tried(lambda: self._client.put(key, data, if_absent=False))
 
     def put_new(self, key: str, data: Buffer, *, is_deferred: bool = False) -> None:
@@ -79,7 +82,7 @@ class RemoteStore:
         After a lost answer "exists" may mean this very call, so the object is read back; a deferred
         one is not, because its callers look at what is there anyway.
         """
-        _check(key)
+        check_key(key)
         attempts = 0
 
         def attempt() -> None:
@@ -100,12 +103,12 @@ class RemoteStore:
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         """See `Store.get`."""
-        _check(key)
+        check_key(key)
         return self._tried(lambda: self._client.get(key, max_bytes=max_bytes))
 
     def read_into(self, key: str, offset: int, out: memoryview) -> int:
         """See `Store.read_into`."""
-        _check(key)
+        check_key(key)
         if not 0 <= offset <= _MAX_OFFSET or not out.nbytes:
             size = self._tried(lambda: self._client.size(key))
             check_range(key, offset, out.nbytes, size)
@@ -119,7 +122,7 @@ class RemoteStore:
 
     def delete(self, key: str) -> None:
         """See `Store.delete`."""
-        _check(key)
+        check_key(key)
         with suppress(ObjectNotFoundError):  # some services say so, if only to a second attempt
             self._tried(lambda: self._client.delete(key))
 
@@ -234,8 +237,3 @@ class RemoteStore:
                 return
             page = self._page(prefix, page.after)
             entries = page.entries
-
-
-def _check(key: str) -> None:
-    if not keys.is_key(key):
-        raise ValueError(f"not a key: {key[:200]!r}")

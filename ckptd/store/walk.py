@@ -22,6 +22,16 @@ class _Found(NamedTuple):
     entry: Entry | None
 
 
+def check_key(key: str) -> None:
+    """Check that `key` is one.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not keys.is_key(key):
+        raise ValueError(f"not a key: {key[:200]!r}")
+
+
 def check_prefix(prefix: str) -> None:
     """Check that `prefix` is empty or a folder of keys that ends with a slash.
 
