@@ -4,6 +4,7 @@ import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 
@@ -23,6 +24,7 @@ from ckptd.store.remote import RemoteStore
 from ckptd.store.root import check_root, create_root
 from tests.contracts.store_contract import CHUNK, COMMIT, RANK, StoreContract
 from tests.fakes.fault_proxy import FaultProxy, Status
+from tests.fakes.s3_calls import together
 from tests.fakes.s3_server import S3Server
 
 Open = Callable[..., RemoteStore]
@@ -116,49 +118,27 @@ def test_connections_are_used_again(open_s3: Open, proxy: FaultProxy) -> None:
 
 def test_many_threads_share_one_store(open_s3: Open) -> None:
     store = open_s3()
-    failed: list[BaseException] = []
 
     def work(number: int) -> None:
-        try:
-            key = f"chunks/00/{number}"
-            store.put_new(key, bytes([number]) * 100_000)
-            out = bytearray(50_000)
-            store.read_into(key, 25_000, memoryview(out))
-            assert out == bytes([number]) * 50_000
-        except BaseException as error:  # noqa: BLE001 - told on the main thread
-            failed.append(error)
+        key = f"chunks/00/{number}"
+        store.put_new(key, bytes([number]) * 100_000)
+        out = bytearray(50_000)
+        store.read_into(key, 25_000, memoryview(out))
+        assert out == bytes([number]) * 50_000
 
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(24)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    assert together(*(partial(work, number) for number in range(24))) == [None] * 24
 
 
 def test_n15_of_racing_committers_on_many_nodes_one_wins(open_s3: Open) -> None:
     stores = [open_s3() for _ in range(4)]
     for number in range(5):
-        key, won = f"checkpoints/{number:012d}-0001", []
-        gate = threading.Barrier(16)
-
-        def commit(
-            racer: int, key: str = key, won: list[int] = won, gate: threading.Barrier = gate
-        ):
-            gate.wait()
-            try:
-                stores[racer % 4].put_new(key, b"%d" % racer)
-            except ObjectExistsError:
-                return
-            won.append(racer)
-
-        threads = [threading.Thread(target=commit, args=(racer,)) for racer in range(16)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(won) == 1
-        assert stores[0].get(key, max_bytes=2) == b"%d" % won[0]
+        key = f"checkpoints/{number:012d}-0001"
+        said = together(
+            *(partial(stores[racer % 4].put_new, key, b"%d" % racer) for racer in range(16))
+        )
+        (won,) = [racer for racer in range(16) if said[racer] is None]
+        assert [type(word) for word in said if word is not None] == [ObjectExistsError] * 15
+        assert stores[0].get(key, max_bytes=2) == b"%d" % won
 
 
 # --- what it lists -----------------------------------------------------------------------------
