@@ -130,7 +130,10 @@ class Open(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Store the chunks that lie in a slot; answer with `ChunksStored` or `PartFailed`."""
+    """Store the chunks that lie in a slot; answer with `ChunksStored` or `PartFailed`.
+
+    An urgent one goes ahead of all that are not.
+    """
 
     part: PartKey
     client: int
@@ -139,6 +142,7 @@ class Store(NamedTuple):
     generation: int
     recipe: Recipe
     hello: Hello
+    is_urgent: bool = False
 
 
 class PutRank(NamedTuple):

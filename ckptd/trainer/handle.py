@@ -39,6 +39,7 @@ class Handle:
         self._done = threading.Event()
         self._captured = threading.Event()
         self._captured.set()
+        self._is_taken = False
 
     def __repr__(self) -> str:
         if not self.is_done:
@@ -74,6 +75,10 @@ class Handle:
             self._is_told = True
             raise self._error
         return self._load(self.step)
+
+    def taken(self) -> None:
+        """Note that a daemon has the snapshot."""
+        self._is_taken = True
 
     def defer(self) -> None:
         """Let `wait_captured` wait until `captured`."""

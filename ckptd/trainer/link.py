@@ -10,7 +10,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from ckptd import errors, failpoints
 from ckptd.errors import (
@@ -22,9 +21,10 @@ from ckptd.errors import (
     SaveUnknownError,
 )
 from ckptd.model.keys import StepId
-from ckptd.shm.arena import Arena
-from ckptd.trainer.handle import Handle, error_of
+from ckptd.trainer.handle import error_of
+from ckptd.trainer.pending import Pending
 from ckptd.trainer.ports import Port
+from ckptd.trainer.questions import Answer, Questions
 from ckptd.wire import messages as say
 
 log = logging.getLogger("ckptd.trainer")
@@ -35,51 +35,39 @@ _RETRY_S = (0.05, 0.2, 1.0, 2.0)
 _OVERTIME_S = 120.0
 
 
-@dataclass
-class Pending:
-    """A save without its final word. `release` gives its slot back, once."""
-
-    handle: Handle
-    message: say.Handoff | say.Forfeit
-    recipe: say.Recipe | None = None
-    arena: tuple[int, Arena] | None = None
-    release: Callable[[], None] | None = None
-    since: float = 0.0
-    is_sent: bool = False
-    is_written: bool = False
-
-    def let_go(self) -> None:
-        """Give the slot back, if it was not already."""
-        release, self.release = self.release, None
-        if release is not None:
-            release()
-
-
 class Link:
     """Hands snapshots to a daemon and brings the final words back.
 
-    `submit`, `begin`, `settle` and `close` may be called from any thread and, except for their own timeouts,
-    do not block. A daemon that dies is found or started again, and what has no final word yet is
+    `submit`, `begin`, `ask`, `settle` and `close` may be called from any thread and, except for their own
+    timeouts, do not block. A daemon that dies is found or started again, and what has no final word yet is
     handed off once more from its slot.
 
     Args:
         open_port: opens a conversation; given the descriptor to write to when something came.
         hello: the first message of each conversation.
         give_up_s: how long a snapshot may wait for a daemon before its save fails.
+        on_stop: called on the link's thread with the reason when somebody wants the job to end.
     """
 
     def __init__(
-        self, open_port: Callable[[int], Port], hello: say.Hello, *, give_up_s: float
-    ) -> None:  # fmt: skip
+        self,
+        open_port: Callable[[int], Port],
+        hello: say.Hello,
+        *,
+        give_up_s: float,
+        on_stop: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
         self._open_port = open_port
         self._hello = hello
         self._give_up_s = give_up_s
-        self._changed = threading.Condition()  # guards the four below
+        self._on_stop = on_stop
+        self._questions = Questions(self._wake)
+        self._changed = threading.Condition()  # guards what follows, down to _refused
         self._pending: dict[int, Pending] = {}
         self._outgoing: deque[Pending] = deque()
         self._newest: StepId | None = None
-        self._wants: str = ""
-        self._is_settled = False
+        self._wants_daemon = False
+        self._keeps = False
         self._is_over = False
         self._refused: CkptdError | None = None
         # Of the thread alone:
@@ -120,29 +108,35 @@ class Link:
     def begin(self) -> None:
         """Find or start a daemon now, and not when the first snapshot needs it."""
         with self._changed:
-            self._wants = self._wants or "daemon"
+            self._wants_daemon = True
         self._wake()
+
+    def ask(self, message: say.FromTrainer, timeout_s: float) -> Answer | None:
+        """Ask the daemon something and wait; None if there is no answer in time."""
+        with self._changed:
+            if self._refused is not None or self._is_over:
+                return None
+        return self._questions.ask(message, timeout_s)
 
     def settle(self, timeout_s: float) -> bool:
         """Wait until the daemon has written what earlier attempts handed off; False if not in time."""
-        with self._changed:
-            self._is_settled, self._wants = False, "settle"
-            self._wake()
-            self._changed.wait_for(lambda: self._is_settled or self._refused, timeout_s)
-            self._wants = ""
-            return self._is_settled
+        return self.ask(say.Settle(), timeout_s) is not None
 
     def wait(self, timeout_s: float | None) -> bool:
         """Wait until every save has its final word; False if not in time."""
         with self._changed:
             return self._changed.wait_for(lambda: not self._pending, timeout_s)
 
-    def close(self) -> None:
-        """Say goodbye and end the thread. What was handed off is finished by the daemon."""
+    def close(self, *, keeps: bool = False) -> None:
+        """Say goodbye and end the thread. What was handed off is finished by the daemon.
+
+        With `keeps` the daemon keeps the newest snapshots in memory: the job will start again.
+        """
         with self._changed:
             if self._is_over:
                 return
-            self._is_over = True
+            self._is_over, self._keeps = True, keeps
+        self._questions.end()
         self._wake()
         self._thread.join()
         os.close(self._wake_in)
@@ -188,7 +182,8 @@ class Link:
 
     def _has_business(self) -> bool:
         with self._changed:
-            return self._refused is None and bool(self._pending or self._wants)
+            is_wanted = bool(self._pending) or self._wants_daemon or self._questions.is_open
+            return self._refused is None and is_wanted
 
     def _connect(self) -> None:
         port = self._open_port(self._wake_out)
@@ -215,17 +210,16 @@ class Link:
         raise DaemonUnavailableError("the daemon did not answer the hello; is it stopped?")
 
     def _send_waiting(self, port: Port) -> None:
-        while True:
-            with self._changed:
-                if not self._outgoing:
-                    settle = self._wants == "settle"
-                    self._wants = "" if self._wants == "daemon" else self._wants
-                    self._wants = "settling" if settle else self._wants
-                    break
-                pending = self._outgoing.popleft()
+        with self._changed:
+            self._wants_daemon = False
+        while (pending := self._next_outgoing()) is not None:
             self._send_one(port, pending)
-        if settle:
-            port.send(say.Settle())
+        while (question := self._questions.next()) is not None:
+            port.send(question)
+
+    def _next_outgoing(self) -> Pending | None:
+        with self._changed:
+            return self._outgoing.popleft() if self._outgoing else None
 
     def _send_one(self, port: Port, pending: Pending) -> None:
         message = pending.message
@@ -275,12 +269,20 @@ class Link:
                 pending.let_go()
         elif isinstance(message, say.Finished):
             self._finished(message)
-        elif isinstance(message, say.Settled):
-            with self._changed:
-                self._is_settled = True
-                self._changed.notify_all()
+        elif isinstance(message, say.Taken):
+            self._taken(message)
+        elif isinstance(message, say.Stop):
+            self._on_stop(message.reason)
         elif isinstance(message, say.Refused):
             raise _refusal(message)
+        elif self._port is not None:
+            self._questions.answered(message, self._port.take_fd)
+
+    def _taken(self, message: say.Taken) -> None:
+        with self._changed:
+            pending = self._pending.get(message.step)
+        if pending is not None:
+            pending.handle.taken()
 
     def _finished(self, message: say.Finished) -> None:
         with self._changed:
@@ -315,10 +317,9 @@ class Link:
             # What was handed off long ago gets the whole time to find another daemon.
             self._parted_at = time.monotonic()
         with self._changed:
-            if self._wants == "settling":
-                self._wants = "settle"
-            if self._wants == "daemon" and self._failures >= len(_RETRY_S):
-                self._wants = ""  # the first snapshot will look for one again
+            if self._failures >= len(_RETRY_S):
+                self._wants_daemon = False  # the first snapshot will look for one again
+        self._questions.lost()
         # Half of what a snapshot waits at most: each one is offered at least once.
         wait_s = min(_RETRY_S[min(self._failures, len(_RETRY_S) - 1)], self._give_up_s / 2)
         self._failures += 1
@@ -338,6 +339,7 @@ class Link:
             self._refused = error
             pending = list(self._pending.values())
             self._changed.notify_all()
+        self._questions.end()
         for each in pending:
             self._resolve(each, error)
 
@@ -350,23 +352,16 @@ class Link:
         for each in pending:
             alone_s = now - max(each.since, self._parted_at)
             if self._port is None and not each.is_written and alone_s > self._give_up_s:
-                self._resolve(each, self._abandoned(each))
+                self._resolve(each, each.abandoned(self._give_up_s))
             elif now - each.since > limit_s:
                 reason = f"step {each.handle.step}: no final word in {limit_s:.0f} s"
                 self._resolve(each, SaveUnknownError(reason, step=each.handle.step))
-
-    def _abandoned(self, pending: Pending) -> CkptdError:
-        step, waited = pending.handle.step, f"{self._give_up_s:g} s"
-        if not pending.is_sent:
-            return DaemonUnavailableError(f"step {step}: no daemon took the snapshot in {waited}")
-        reason = f"step {step}: the daemon that had it is gone and no other took it in {waited}"
-        return SaveUnknownError(f"{reason}; it may be committed all the same", step=step)
 
     def _farewell(self) -> None:
         port, self._port = self._port, None
         if port is not None:
             with contextlib.suppress(HandoffError):
-                port.send(say.Goodbye())
+                port.send(say.Goodbye(self._keeps))
             port.close()
             for message in _rest_of(port):
                 with contextlib.suppress(CkptdError):

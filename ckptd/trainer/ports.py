@@ -18,7 +18,7 @@ from typing import Protocol, cast
 from ckptd.engine import events as ev
 from ckptd.engine.runner import Outlet, Runner
 from ckptd.engine.state import Engine
-from ckptd.errors import DaemonUnavailableError
+from ckptd.errors import DaemonUnavailableError, ProtocolError
 from ckptd.shm.arena import Arena
 from ckptd.trainer.attempts import Attempt
 from ckptd.trainer.meeting import Meeting
@@ -57,6 +57,13 @@ class Port(Protocol):
             HandoffError: the conversation is over; open another.
         """
 
+    def take_fd(self) -> int:
+        """Return the descriptor that came with a message; the caller owns it.
+
+        Raises:
+            HandoffError: there is none.
+        """
+
     def close(self) -> None:
         """End the conversation. May be repeated."""
 
@@ -83,6 +90,10 @@ class SocketPort:
         if messages is None:
             raise DaemonUnavailableError("the daemon closed the connection")
         return cast("list[say.FromDaemon]", messages)
+
+    def take_fd(self) -> int:
+        """Return the oldest descriptor that came."""
+        return self._channel.take_fd()
 
     def close(self) -> None:
         """Close the socket."""
@@ -133,6 +144,10 @@ class ThreadPort:
             while True:
                 messages.append(self._inbox.get_nowait())
         return messages
+
+    def take_fd(self) -> int:
+        """Raise: this engine keeps nothing for others."""
+        raise ProtocolError("an engine in this process lends no memory")
 
     def close(self) -> None:
         """Let the engine finish what it has, then end it; what takes too long dies with the process."""

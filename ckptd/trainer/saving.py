@@ -24,12 +24,14 @@ from ckptd.model.tensor import Layout
 from ckptd.plan.split import whole_share
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import check_step
+from ckptd.trainer.busy import Decisions
 from ckptd.trainer.flatten import Flat, flatten
 from ckptd.trainer.handle import Handle
 from ckptd.trainer.layouts import fingerprint_bytes, layout_of
-from ckptd.trainer.link import Link, Pending
+from ckptd.trainer.link import Link
 from ckptd.trainer.options import Options
 from ckptd.trainer.overlap import Overlap
+from ckptd.trainer.pending import Pending
 from ckptd.trainer.snapshots import Captured, Cut, Snapshots
 from ckptd.wire import messages as say
 
@@ -54,6 +56,7 @@ class Saving:
     Attributes:
         resumed_from: the checkpoint that this attempt goes on from.
         count: how many saves there were.
+        skipped: how many of them this rank left out because no slot was free, here or on rank 0.
     """
 
     def __init__(
@@ -62,14 +65,17 @@ class Saving:
         agreement: Agreement,
         snapshots: Snapshots,
         link: Link,
+        decisions: Decisions,
         load: Callable[[int], Checkpoint],
     ) -> None:
         self.resumed_from: StepId | None = None
         self.count = 0
+        self.skipped = 0
         self._options = options
         self._agreement = agreement
         self._snapshots = snapshots
         self._link = link
+        self._decisions = decisions
         self._load = load
         self._overlap = Overlap() if options.overlap else None
         self._flat: Flat | None = None
@@ -77,9 +83,16 @@ class Saving:
         self._handles: list[Handle] = []
 
     def save(
-        self, step: int, state: Mapping[str, object], metrics: dict[str, float]
-    ) -> Handle:  # fmt: skip
+        self,
+        step: int,
+        state: Mapping[str, object],
+        metrics: dict[str, float],
+        *,
+        may_skip: bool = True,
+    ) -> Handle:
         """Take a snapshot and hand it off; the same handle again for the step just saved.
+
+        Without `may_skip` on rank 0 the save waits for slots even where others would be left out.
 
         Raises:
             LayoutError, ConfigError, SlotsBusyError: see `Checkpointer.save`.
@@ -96,7 +109,12 @@ class Saving:
         handle = Handle(step, self.count, self._load)
         self._handles.append(handle)
         with self._forfeiting(handle):
-            self._snapshot(handle, state, metrics)
+            # First of all: the others wait for this, and must not wait for what may raise below.
+            is_taken, wait_s = self._decisions.on(handle.sequence, may_skip=may_skip)
+            if is_taken:
+                self._snapshot(handle, state, metrics, wait_s)
+            else:
+                self._skip(handle)
         handle.pause_s = time.perf_counter() - began
         return handle
 
@@ -134,7 +152,7 @@ class Saving:
     # --- one snapshot ----------------------------------------------------------------------------
 
     def _snapshot(
-        self, handle: Handle, state: Mapping[str, object], metrics: dict[str, float]
+        self, handle: Handle, state: Mapping[str, object], metrics: dict[str, float], wait_s: float
     ) -> None:
         flat = self._flat = flatten(
             state, allow_pickle=self._options.allow_pickle, previous=self._flat
@@ -149,10 +167,10 @@ class Saving:
         failpoints.hit("capture.begin")
         captured = self._snapshots.capture(
             cut, flat.leaves, step=handle.step, sequence=handle.sequence,
-            timeout_s=self._options.busy_timeout_s, defers=self._overlap is not None,
+            timeout_s=wait_s, defers=self._overlap is not None,
         )  # fmt: skip
         if captured is None:
-            self._busy(handle)
+            self._busy(handle, wait_s)
             return
         handle.captured_bytes = captured.bytes
         draft = _Draft(handle, cut, values, samples, metrics)
@@ -226,15 +244,32 @@ class Saving:
 
     # --- none ------------------------------------------------------------------------------------
 
-    def _busy(self, handle: Handle) -> None:
-        waited = f"no slot got free in {self._options.busy_timeout_s:.0f} s"
+    def _skip(self, handle: Handle) -> None:
+        """Leave a save out, as all ranks do: no slot is taken, no memory reserved, no layout offered.
+
+        The agreement is not told of it. Its rounds need numbers that grow, and not every number; and
+        no plan is used in a save that is left out. A rank that takes it all the same, because it did
+        not hear rank 0, makes an offer that never becomes a round, and nobody waits for one.
+        """
+        self.skipped += 1
+        if self._decisions.is_own:
+            log.warning("step %d skipped on all ranks: no slot is free", handle.step)
+            self._forfeit(handle, "skipped", "no slot was free")  # once for all: the step's record
+        else:
+            log.info("step %d skipped: rank 0 has no free slot", handle.step)
+        reason = f"step {handle.step} is left out on all ranks: rank 0 had no free slot"
+        handle.resolve(SaveSkippedError(reason, step=handle.step))
+
+    def _busy(self, handle: Handle, waited_s: float) -> None:
+        waited = f"no slot got free in {waited_s:.3g} s"
         if self._options.on_busy == "wait":
             raise SlotsBusyError(
                 f"step {handle.step}: {waited}; the store is slower than the job saves: save less "
                 "often, give more slots or a longer busy_timeout_s, or set on_busy='skip'"
             )
+        self.skipped += 1
         self._forfeit(handle, "skipped", waited)
-        log.warning("step %d skipped: %s", handle.step, waited)
+        log.warning("step %d skipped, also on ranks that took it: %s here", handle.step, waited)
 
     def _forfeit(self, handle: Handle, state: Literal["failed", "skipped"], reason: str) -> None:
         message = say.Forfeit(handle.step, handle.sequence, state, reason[:4000])

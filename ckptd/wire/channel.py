@@ -8,7 +8,9 @@ import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ckptd.errors import DaemonUnavailableError, ProtocolError
@@ -28,6 +30,19 @@ _RECEIVE_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 _SEND_FLAGS = getattr(socket, "MSG_NOSIGNAL", 0)
 
 _Ancillary: TypeAlias = "list[tuple[int, int, array.array[int]]]"
+
+
+@dataclass
+class _Segment:
+    """Bytes that wait to be written, and descriptors that go with the first of them."""
+
+    data: bytearray
+    fds: list[int]
+
+    def close(self) -> None:
+        """Close the descriptors: they were sent, or never will be."""
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 class Channel:
@@ -51,7 +66,8 @@ class Channel:
         self._socket = sock
         self._reader = frames.FrameReader(type_)
         self._max_queue_bytes = max_queue_bytes
-        self._outgoing = bytearray()
+        self._outgoing: deque[_Segment] = deque()
+        self._queued_bytes = 0
         self._is_cut = False  # a send stopped inside a frame: nothing may follow it
         self._partial_since_s: float | None = None
         self._pid = os.getpid()
@@ -85,8 +101,10 @@ class Channel:
         return self.taken_fds.pop(0)
 
     def close(self) -> None:
-        """Close the socket and every descriptor that was not taken. May be repeated."""
+        """Close the socket and every descriptor that was not taken or sent. May be repeated."""
         self._drop_fds()
+        while self._outgoing:
+            self._outgoing.popleft().close()
         self._socket.close()
 
     # --- blocking, with deadlines ------------------------------------------------------------
@@ -160,8 +178,10 @@ class Channel:
             self._drop_fds()
             raise
 
-    def queue(self, message: Message) -> None:
-        """Put a message behind those that wait for `write_ready`.
+    def queue(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Put a message behind those that wait for `write_ready`, `fds` with its first byte.
+
+        The descriptors stay the caller's: they are duplicated here.
 
         Raises:
             ProtocolError: if more than `max_queue_bytes` would wait: the other end does not read,
@@ -169,11 +189,14 @@ class Channel:
         """
         self._check_process()
         data = frames.encode(message)
-        if len(self._outgoing) + len(data) > self._max_queue_bytes:
+        if self._queued_bytes + len(data) > self._max_queue_bytes:
             raise ProtocolError(
-                f"the other end does not read: {format_bytes(len(self._outgoing))} wait for it"
+                f"the other end does not read: {format_bytes(self._queued_bytes)} wait for it"
             )
-        self._outgoing += data
+        if fds or not self._outgoing:
+            self._outgoing.append(_Segment(bytearray(), [os.dup(fd) for fd in fds]))
+        self._outgoing[-1].data += data
+        self._queued_bytes += len(data)
 
     @property
     def wants_write(self) -> bool:
@@ -185,9 +208,7 @@ class Channel:
         self._check_process()
         try:
             while self._outgoing:
-                with memoryview(self._outgoing) as view:
-                    sent = self._socket.send(view[:_READ_BYTES], _SEND_FLAGS)
-                del self._outgoing[:sent]
+                self._write_some(self._outgoing[0])
         except (BlockingIOError, InterruptedError):
             return True
         except OSError:
@@ -195,6 +216,15 @@ class Channel:
         return True
 
     # --- inside ------------------------------------------------------------------------------
+
+    def _write_some(self, segment: _Segment) -> None:
+        with memoryview(segment.data) as view:
+            sent = self._socket.sendmsg([view[:_READ_BYTES]], _rights(segment.fds), _SEND_FLAGS)
+        segment.close()
+        del segment.data[:sent]
+        self._queued_bytes -= sent
+        if not segment.data:
+            self._outgoing.popleft()
 
     def _judge_fds(self, *, is_truncated: bool) -> None:
         # Where the descriptor table is full, the kernel leaves some out and says no more than this.

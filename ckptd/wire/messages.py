@@ -14,7 +14,7 @@ from msgspec import Meta
 from ckptd.model.columns import Columns
 from ckptd.model.tensor import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_RECIPES = 4  # of one connection: a daemon forgets the oldest, and a trainer counts on it
 MAX_VALUES_BYTES = 48 << 20
 
@@ -84,8 +84,10 @@ class Handoff(Message, frozen=True, tag="handoff"):
     """A whole snapshot lies in a slot; the daemon answers with `Written` and then `Finished`.
 
     `values` is a JSON object of tagged values. `previous` is the newest checkpoint of the line that
-    the trainer knows to be committed: at first the one it resumed from. The same snapshot may be
-    handed off again after a lost connection.
+    the trainer knows to be committed: at first the one it resumed from. `basis` is the step that it
+    resumed from memory, which may have been committed since. With `deadline_s` left until the machine
+    goes, this snapshot goes ahead of all others. The same snapshot may be handed off again after a
+    lost connection.
     """
 
     step: Count
@@ -99,6 +101,8 @@ class Handoff(Message, frozen=True, tag="handoff"):
     metrics: dict[str, float]
     previous: str | None
     captured_at: float
+    basis: str | None = None
+    deadline_s: Annotated[float, Meta(ge=0, le=1e7)] | None = None
 
 
 class Watch(Message, frozen=True, tag="watch"):
@@ -122,12 +126,50 @@ class Settle(Message, frozen=True, tag="settle"):
     """Answer with `Settled` once nothing of earlier attempts of this root is being written."""
 
 
+class Seek(Message, frozen=True, tag="seek"):
+    """Answer with `Held`: what earlier attempts of this root left in memory."""
+
+
+class Borrow(Message, frozen=True, tag="borrow"):
+    """Lend this snapshot, to be read: answer with `Lent`."""
+
+    arena: Count
+    slot: Count
+    generation: Count
+
+
+class Claim(Message, frozen=True, tag="claim"):
+    """Give this rank an arena of this shape that a dead one left: answer with `Ceded`.
+
+    At once, or when the daemon has read what it still stores from it. Where none fits, another one is
+    let go, so that memory does not double.
+    """
+
+    slots: Annotated[int, Meta(ge=1, le=64)]
+    slot_bytes: Count
+
+
 class Goodbye(Message, frozen=True, tag="goodbye"):
-    """The rank leaves on purpose; what was handed off is still finished."""
+    """The rank leaves on purpose; what was handed off is still finished.
+
+    With `keeps` it will come again: its newest snapshots stay in memory for a while.
+    """
+
+    keeps: bool = False
 
 
 class Ask(Message, frozen=True, tag="ask"):
-    """From `ckptd status`: answer with `Report`. The only message that needs no hello before it."""
+    """From `ckptd status`: answer with `Report`. Needs no hello before it."""
+
+
+class Preempt(Message, frozen=True, tag="preempt"):
+    """From `ckptd preempt`: pass it on as `Stop`, answer with `Told`. Needs no hello before it.
+
+    An empty `root` means the trainers of all roots.
+    """
+
+    root: Name
+    reason: Name
 
 
 # --- daemon to trainer -------------------------------------------------------------------------
@@ -142,6 +184,13 @@ class Refused(Message, frozen=True, tag="refused"):
 
     kind: Name
     reason: str
+
+
+class Taken(Message, frozen=True, tag="taken"):
+    """The handoff has arrived: from here on the trainer may die."""
+
+    step: Count
+    sequence: Count
 
 
 class Written(Message, frozen=True, tag="written"):
@@ -167,11 +216,67 @@ class Settled(Message, frozen=True, tag="settled"):
     """Nothing of earlier attempts of this root is being written."""
 
 
+class HeldSnapshot(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A snapshot in an arena that no trainer has. `token` is its attempt's; `arena` the daemon's number."""
+
+    attempt: Count
+    token: Name
+    step: Count
+    sequence: Count
+    rank: Count
+    world_size: Count
+    arena: Count
+    slot: Count
+    generation: Count
+
+
+class Held(Message, frozen=True, tag="held"):
+    """All that is held of this root. `daemon` is another one for each start of a daemon."""
+
+    daemon: Name
+    snapshots: tuple[HeldSnapshot, ...]
+
+
+class Lent(Message, frozen=True, tag="lent"):
+    """The memfd that travels beside this message holds the snapshot; without `handoff` it is gone."""
+
+    arena: Count
+    slots: Count = 0
+    slot_bytes: Count = 0
+    handoff: Handoff | None = None
+    recipe: Recipe | None = None
+
+
+class Ceded(Message, frozen=True, tag="ceded"):
+    """The memfd that travels beside this message is this rank's; with no `slots` none fits."""
+
+    slots: Count = 0
+    slot_bytes: Count = 0
+
+
+class Stop(Message, frozen=True, tag="stop"):
+    """Somebody wants the job to save and end."""
+
+    reason: Name
+
+
+class Told(Message, frozen=True, tag="told"):
+    """How many trainers a `Preempt` was passed on to."""
+
+    trainers: Count
+
+
 class Report(Message, frozen=True, tag="report"):
     """The daemon's state, as JSON."""
 
     body: bytes
 
 
-FromTrainer = Hello | Arena | Recipe | Handoff | Watch | Forfeit | Settle | Goodbye | Ask
-FromDaemon = Welcome | Refused | Written | Finished | Settled | Report
+FromTrainer = (
+    Hello | Arena | Recipe | Handoff | Watch | Forfeit | Settle | Seek | Borrow | Claim | Goodbye
+    | Ask | Preempt
+)  # fmt: skip
+FromDaemon = (
+    Welcome | Refused | Taken | Written | Finished | Settled | Held | Lent | Ceded | Stop | Told
+    | Report
+)  # fmt: skip

@@ -22,6 +22,7 @@ class FakePort:
     def __init__(self, daemon: FakeDaemon, wake_fd: int, script: Script) -> None:
         self.heard: list[say.FromTrainer] = []
         self.is_closed = False
+        self.fds: list[int] = []
         self._daemon = daemon
         self._wake_fd = wake_fd
         self._script = script
@@ -46,6 +47,9 @@ class FakePort:
             if not found and self._is_broken:
                 raise DaemonUnavailableError("broken")
             return found
+
+    def take_fd(self) -> int:
+        return self.fds.pop(0)
 
     def close(self) -> None:
         with self._daemon.changed:

@@ -234,6 +234,9 @@ class Expired(Fault):
 class OtherRange(Fault):
     """Answer a request for a range with another one of the same length, and say so."""
 
+    def __str__(self) -> str:
+        return "OtherRange"
+
     def act(self, link: Link) -> None:
         answer = link.ask()
         moved = answer.edited(

@@ -174,7 +174,7 @@ def hasty(shared: Shared) -> Iterator[RemoteStore]:
         (Slow(100), WITH_ANSWERS),
         (Slow(100, reads=True), {"put", "put big"}),
     ],
-    ids=str,
+    ids=["silent reader", "silent", "slow", "slow reader"],
 )
 def test_n4_each_request_has_an_end(
     site: Site, hasty: RemoteStore, fault: Fault, hung: set[str]
@@ -256,6 +256,9 @@ def test_n7_a_server_that_is_not_there_is_unavailable(
 
 class Whole(Fault):
     """Answer a request for a range with the whole object and 200."""
+
+    def __str__(self) -> str:
+        return "Whole"
 
     def act(self, link: Link) -> None:
         link.read()

@@ -22,7 +22,8 @@ from ckptd.model.keys import StepId
 from ckptd.shm.arena import Arena, round_up
 from ckptd.trainer import link as link_module
 from ckptd.trainer.handle import Handle
-from ckptd.trainer.link import Link, Pending
+from ckptd.trainer.link import Link
+from ckptd.trainer.pending import Pending
 from ckptd.wire import messages as say
 from tests.fakes.engines import handoff, hello, recipe
 from tests.fakes.ports import (

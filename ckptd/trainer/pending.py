@@ -1,0 +1,39 @@
+"""A save on its way to a daemon."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ckptd.errors import CkptdError, DaemonUnavailableError, SaveUnknownError
+from ckptd.shm.arena import Arena
+from ckptd.trainer.handle import Handle
+from ckptd.wire import messages as say
+
+
+@dataclass
+class Pending:
+    """A save without its final word. `release` gives its slot back, once."""
+
+    handle: Handle
+    message: say.Handoff | say.Forfeit
+    recipe: say.Recipe | None = None
+    arena: tuple[int, Arena] | None = None
+    release: Callable[[], None] | None = None
+    since: float = 0.0
+    is_sent: bool = False
+    is_written: bool = False
+
+    def let_go(self) -> None:
+        """Give the slot back, if it was not already."""
+        release, self.release = self.release, None
+        if release is not None:
+            release()
+
+    def abandoned(self, waited_s: float) -> CkptdError:
+        """Return what to tell of a save for which no daemon was found in so many seconds."""
+        step, waited = self.handle.step, f"{waited_s:g} s"
+        if not self.is_sent:
+            return DaemonUnavailableError(f"step {step}: no daemon took the snapshot in {waited}")
+        reason = f"step {step}: the daemon that had it is gone and no other took it in {waited}"
+        return SaveUnknownError(f"{reason}; it may be committed all the same", step=step)
