@@ -219,7 +219,7 @@ def main() -> None:
 def _read(job: Job, folder: Path, ranks: int) -> Row:
     from ckptd.pipeline.catalog import read_manifest
     from ckptd.plan.reading import ChunkRead, Wanted
-    from ckptd.trainer.fetching import Records, choose_reads
+    from ckptd.trainer.fetching import StoreRecords, choose_reads
 
     store = inputs.store(folder, EARLIER)
     wanted = {
@@ -227,7 +227,7 @@ def _read(job: Job, folder: Path, ranks: int) -> Row:
     }
 
     def choose(rank: int) -> list[ChunkRead]:
-        records = Records(store, read_manifest(store, EARLIER))
+        records = StoreRecords(store, read_manifest(store, EARLIER))
         return choose_reads(records, wanted[rank], rank, ranks)
 
     meter, spans, counts, found = Meter(), {}, [], {}

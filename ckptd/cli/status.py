@@ -98,6 +98,8 @@ def _show(report: dict[str, Any]) -> None:
     show("  steps: " + ", ".join(f"{report[n]} {n.replace('_', ' ')}" for n in counts))
     if report["last_failure"]:
         show(f"  last failure: {plain(report['last_failure'])}", style="red")
+    if report.get("last_skip"):  # a daemon of an earlier version does not say
+        show(f"  last skip: {plain(report['last_skip'])}", style="yellow")
     if report["jobs"]:
         show(_jobs(report["jobs"]))
 

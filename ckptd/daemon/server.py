@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -73,7 +73,10 @@ class Server:
         os.set_blocking(self._wake_out, False)
         self._is_stopped = False
         self._patrolled = 0.0
-        self.outlet = Outlet(send=self._order_send, drop=self._order_drop, handled=self._order_next)
+        self.outlet = Outlet(
+            send=self._order_send, drop=self._order_drop, handled=self._order_next,
+            lend=self._order_lend,
+        )  # fmt: skip
 
     def wake(self) -> None:
         """Make `serve` look at its orders. Safe in a signal handler."""
@@ -117,6 +120,10 @@ class Server:
 
     def _order_send(self, client: int, message: say.FromDaemon) -> None:
         self._orders.put(lambda: self._send(client, message))
+        self.wake()
+
+    def _order_lend(self, client: int, message: say.FromDaemon, fd: int) -> None:
+        self._orders.put(lambda: self._lend(client, message, fd))
         self.wake()
 
     def _order_drop(self, client: int) -> None:
@@ -180,27 +187,36 @@ class Server:
         self._interest(peer)
 
     def _said(self, peer: _Peer, message: say.Message) -> None:
-        if isinstance(message, say.Arena):
-            arena = Arena.adopt(peer.channel.take_fd(), message.slots, message.slot_bytes)
-            self._runner.give_arena(peer.number, message.arena, arena)
-        if isinstance(message, say.Hello):
-            self._forget(peer.pid)
-        peer.is_member = (peer.is_member or isinstance(message, say.Hello)) and not isinstance(
-            message, say.Goodbye
-        )
         peer.has_spoken = True
         peer.waiting += 1
+        if isinstance(message, say.Arena):
+            arena = Arena.adopt(peer.channel.take_fd(), message.slots, message.slot_bytes)
+            identity = os.fstat(arena.fileno()).st_ino
+            self._runner.give_arena(peer.number, message.arena, arena)
+            self._runner.post(ev.Mapped(peer.number, message, identity))
+            return
+        if isinstance(message, say.Hello):
+            self._forget(peer.pid)
+            peer.is_member = True
+        elif isinstance(message, say.Goodbye):
+            peer.is_member = message.keeps  # its memory is ceded once the process is dead
         # The channel decodes nothing but the union of what a trainer may say.
         self._runner.post(ev.Said(peer.number, cast("say.FromTrainer", message)))
 
-    def _send(self, client: int, message: say.FromDaemon) -> None:
+    def _lend(self, client: int, message: say.FromDaemon, fd: int) -> None:
+        try:
+            self._send(client, message, [fd])
+        finally:
+            os.close(fd)
+
+    def _send(self, client: int, message: say.FromDaemon, fds: Sequence[int] = ()) -> None:
         peer = self._peers.get(client)
         if peer is None:
             return
         if isinstance(message, say.Welcome):
             peer.channel.accept_large_frames()
         try:
-            peer.channel.queue(message)
+            peer.channel.queue(message, fds)
         except ProtocolError as error:
             log.warning("client %d (pid %d): %s", peer.number, peer.pid, error)
             self._lost(peer)

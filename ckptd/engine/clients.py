@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckptd.engine.events import PartKey, Release
 from ckptd.errors import ProtocolError
@@ -15,9 +16,27 @@ MAX_TIMEOUT_S = 1e7
 JobKey = tuple[str, int]
 
 
+class Snapshot(NamedTuple):
+    """A snapshot that was handed off, and by whom."""
+
+    hello: say.Hello
+    handoff: say.Handoff
+    recipe: say.Recipe
+
+
 @dataclass
 class Client:
-    """One connection of one rank. `reading` says from which arena each part is being read."""
+    """One connection of one rank, and what it leaves behind.
+
+    Attributes:
+        reading: from which arena each part is being read.
+        identity: tells the memory of the newest arena from any other; 0 where that is not known.
+        snapshots: what lies in the slots of the newest arena; overwritten ones may still stand here.
+        kept_until: until when they are kept for others, once this client is gone; None: they are not.
+        is_dead: its process has ended.
+        claim: the arena that it wishes to have.
+        claimant: the client that its arena was given to, until that announces it.
+    """
 
     number: int
     hello: say.Hello
@@ -25,6 +44,12 @@ class Client:
     arena: say.Arena | None = None
     arenas: set[int] = field(default_factory=set)
     reading: dict[PartKey, int] = field(default_factory=dict)
+    identity: int = 0
+    snapshots: dict[int, Snapshot] = field(default_factory=dict)
+    kept_until: float | None = None
+    is_dead: bool = False
+    claim: say.Claim | None = None
+    claimant: int | None = None
     is_here: bool = True
     is_settling: bool = False
 
@@ -39,10 +64,21 @@ class Client:
         while len(self.recipes) > say.MAX_RECIPES:
             del self.recipes[next(iter(self.recipes))]
 
-    def give_arena(self, arena: say.Arena) -> None:
+    def give_arena(self, arena: say.Arena, identity: int) -> None:
         """Take an arena in place of the one before."""
-        self.arena = arena
+        if identity != self.identity or not identity:
+            self.snapshots = {}
+        self.arena, self.identity = arena, identity
         self.arenas.add(arena.arena)
+
+    def has_room(self, claim: say.Claim) -> bool:
+        """Tell whether its arena is as large as somebody wishes."""
+        arena = self.arena
+        return (
+            arena is not None
+            and arena.slots >= claim.slots
+            and arena.slot_bytes >= claim.slot_bytes
+        )  # fmt: skip
 
     def recipe_of(self, handoff: say.Handoff) -> say.Recipe:
         """Return the recipe of a handoff.
@@ -58,13 +94,23 @@ class Client:
         return recipe
 
     def release(self) -> Iterator[Release]:
-        """Let go of the arenas that nothing is read from; of the newest only after the end."""
+        """Let go of the arenas that nothing is read from; of the newest only after the end.
+
+        One that is kept for others stays.
+        """
         used = set(self.reading.values())
-        if self.is_here and self.arena is not None:
+        if (self.is_here or self.kept_until is not None) and self.arena is not None:
             used.add(self.arena.arena)
         for arena in sorted(self.arenas - used):
             self.arenas.discard(arena)
             yield Release(self.number, arena)
+
+
+def let_go(clients: dict[int, Client], client: Client) -> Iterator[Release]:
+    """Release arenas that are no longer needed, and forget a client that left nothing behind."""
+    yield from client.release()
+    if not client.is_here and not client.arenas:
+        clients.pop(client.number, None)
 
 
 def problem_with(hello: say.Hello) -> str:

@@ -11,7 +11,16 @@ from typing import NamedTuple
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Chunk, Outcome, RankManifest
 from ckptd.pipeline.commit import Verdict
-from ckptd.wire.messages import FromDaemon, FromTrainer, Hello, Recipe
+from ckptd.wire.messages import (
+    Arena,
+    Ceded,
+    FromDaemon,
+    FromTrainer,
+    HeldSnapshot,
+    Hello,
+    Lent,
+    Recipe,
+)
 
 
 class StepKey(NamedTuple):
@@ -37,6 +46,14 @@ class Said(NamedTuple):
 
     client: int
     message: FromTrainer
+
+
+class Mapped(NamedTuple):
+    """A client announced an arena, which was mapped. `identity` tells its memory from any other."""
+
+    client: int
+    message: Arena
+    identity: int
 
 
 class Gone(NamedTuple):
@@ -102,7 +119,7 @@ class StopAsked(NamedTuple):
 
 
 Event = (
-    Said | Gone | Opened | ChunksStored | RankPut | PartFailed | Judged | Undecided | Tick | StopAsked
+    Said | Mapped | Gone | Opened | ChunksStored | RankPut | PartFailed | Judged | Undecided | Tick | StopAsked
 )  # fmt: skip
 
 
@@ -114,6 +131,28 @@ class Send(NamedTuple):
 
     client: int
     message: FromDaemon
+
+
+class ShowHeld(NamedTuple):
+    """Send a client those of the snapshots that still lie where they were handed off.
+
+    Each with the number under which its client, `HeldSnapshot.arena`, announced the arena.
+    """
+
+    client: int
+    daemon: str
+    snapshots: tuple[tuple[int, HeldSnapshot], ...]
+
+
+class Lend(NamedTuple):
+    """Send a message to a client, the memory of an arena beside it.
+
+    `owner` are the client and the number that it was announced by.
+    """
+
+    client: int
+    message: Lent | Ceded
+    owner: tuple[int, int]
 
 
 class Drop(NamedTuple):
@@ -146,10 +185,14 @@ class Store(NamedTuple):
 
 
 class PutRank(NamedTuple):
-    """Put a rank manifest; answer with `RankPut` or `PartFailed`."""
+    """Put a rank manifest; answer with `RankPut` or `PartFailed`.
+
+    If `basis` is committed by now, that is the checkpoint before this one.
+    """
 
     part: PartKey
     record: RankManifest
+    basis: StepId | None = None
 
 
 class Try(NamedTuple):
@@ -202,5 +245,5 @@ class Exit(NamedTuple):
 
 
 Effect = (
-    Send | Drop | Open | Store | PutRank | Try | Poll | End | Release | Idle | Exit
+    Send | ShowHeld | Lend | Drop | Open | Store | PutRank | Try | Poll | End | Release | Idle | Exit
 )  # fmt: skip

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+from ckptd.engine.delivery import Author, rank_manifest_of
 from ckptd.engine.events import StepKey
+from ckptd.engine.replies import parse_id
 from ckptd.engine.steps import COMMIT_SILENCE_S, Closed, Part, Step
 from ckptd.errors import ProtocolError
 from ckptd.model.keys import MAX_STEP, StepId
-from ckptd.model.manifest import FORMAT, RankManifest
+from ckptd.model.manifest import RankManifest
 from ckptd.pipeline.commit import Verdict, new_outcome
 from ckptd.wire.messages import Hello
 
@@ -132,30 +133,33 @@ class Job:
         Raises:
             ProtocolError: it is no step id.
         """
-        try:
-            if previous is not None:
-                self.learn(StepId.parse(previous))
-        except ValueError as error:
-            raise ProtocolError(str(error)) from None
+        step_id = parse_id(previous)
+        if step_id is not None:
+            self.learn(step_id)
+
+    def basis_of(self, part: Part) -> StepId | None:
+        """Return the step that rank 0 took from memory, until this attempt has a checkpoint."""
+        basis = part.handoff.basis if part.handoff is not None and part.key.rank == 0 else None
+        if basis is None or (self.newest is not None and self.newest.attempt == self.attempt):
+            return None
+        return StepId.parse(basis)
 
     def is_first_open(self, step: Step) -> bool:
         """Tell whether all steps with lower sequence numbers have their verdict."""
         return all(other.sequence >= step.sequence for other in self.steps.values())
 
     def rank_manifest(self, part: Part) -> RankManifest:
-        """Build the rank manifest of a part whose chunks are stored."""
+        """Build the rank manifest of a part whose chunks are stored.
+
+        An urgent step does not wait for those before it, so a later one may be committed already.
+        """
         assert part.handoff is not None
         assert part.recipe is not None
-        handoff, recipe = part.handoff, part.recipe
-        return RankManifest(
-            format=FORMAT, step=handoff.step, attempt=self.attempt, rank=part.key.rank,
-            world_size=self.world_size, sequence=handoff.sequence, plan=recipe.plan,
-            layout=recipe.layout, previous=str(self.newest) if self.newest else None, parent=None,
-            captured_at=handoff.captured_at,
-            metrics={k: v if math.isfinite(v) else None for k, v in handoff.metrics.items()},
-            tensors=recipe.tensors,
-            aliases=recipe.aliases, chunks=part.chunks, pieces=recipe.pieces,
-            fingerprints=handoff.fingerprints, values=part.values,
+        is_before = self.newest is not None and self.newest < part.key.step.id
+        previous = str(self.newest) if is_before else part.handoff.previous
+        return rank_manifest_of(
+            Author(self.attempt, part.key.rank, self.world_size), part.handoff, part.recipe,
+            part.values, part.chunks, previous=previous,
         )  # fmt: skip
 
 

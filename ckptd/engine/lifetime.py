@@ -37,11 +37,15 @@ class Lifetime:
 
     @property
     def is_draining(self) -> bool:
-        """Tell whether new work is refused."""
+        """Tell whether the end is near: jobs that are here go on, and no new one is taken."""
         return self._stop_at is not None
 
     def stop(self, deadline: float) -> None:
-        """Drain, and end at `deadline` whatever is left; the earliest deadline counts."""
+        """Drain, and end at `deadline` whatever is left; the earliest deadline counts.
+
+        Clients that are connected are waited for: those who tell this daemon to go tell trainers
+        too, whose last snapshot comes after that.
+        """
         self._stop_at = deadline if self._stop_at is None else min(deadline, self._stop_at)
 
     def came(self) -> None:
@@ -71,7 +75,8 @@ class Lifetime:
             if now >= self._idle_since + self._trim_s:
                 self._is_trimmed = True
                 yield Idle()
-        if self._stop_at is not None and (is_idle or now >= self._stop_at):
+        is_free = is_idle and not has_clients
+        if self._stop_at is not None and (is_free or now >= self._stop_at):
             yield Exit(EXIT_DRAINED if is_idle else EXIT_UNFINISHED)
         elif not is_idle or has_clients:
             self._lonely_since = None

@@ -9,6 +9,7 @@ import msgspec
 from ckptd.engine.events import Drop, Effect, Send
 from ckptd.engine.steps import Closed
 from ckptd.errors import ProtocolError
+from ckptd.model.keys import StepId
 from ckptd.wire import messages as say
 
 
@@ -43,3 +44,15 @@ def decode_values(data: bytes) -> dict[str, object]:
         return msgspec.json.decode(data, type=dict[str, object])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"values that are not a JSON object: {error}") from None
+
+
+def parse_id(text: str | None) -> StepId | None:
+    """Read the step id in a message.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        return None if text is None else StepId.parse(text)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from None

@@ -31,6 +31,7 @@ def report(engine: Engine, now: float) -> bytes:
         "last_commit": tally.last_commit.short if tally.last_commit else None,
         "last_commit_age_s": None if tally.last_commit_at is None else now - tally.last_commit_at,
         "last_failure": tally.last_failure,
+        "last_skip": tally.last_skip,
         "jobs": [_job(engine, job, now) for job in engine.jobs.values()],
     }
     return msgspec.json.encode(body)

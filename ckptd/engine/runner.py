@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import random
 import threading
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
+
+import msgspec
 
 from ckptd import failpoints
 from ckptd.engine import events as ev
@@ -47,7 +50,7 @@ from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.store.retry import retrying
 from ckptd.store.root import check_root, check_writer
-from ckptd.wire.messages import FromDaemon, Hello
+from ckptd.wire.messages import FromDaemon, Held, HeldSnapshot, Hello
 
 log = logging.getLogger("ckptd.engine")
 
@@ -62,6 +65,13 @@ class SlotSource(Protocol):
     def slot(self, index: int) -> Slot:
         """Return a slot."""
 
+    def fileno(self) -> int:
+        """Return its descriptor, which stays its own.
+
+        Raises:
+            ValueError: it has none.
+        """
+
     def trim(self) -> None:
         """Give back what was only kept for speed."""
 
@@ -73,15 +83,21 @@ def _ignore(_client: int) -> None:
     pass
 
 
+def _close(_client: int, _message: FromDaemon, fd: int) -> None:
+    os.close(fd)
+
+
 class Outlet(NamedTuple):
     """Where messages to clients go. All are called on the engine's thread and must not block.
 
-    `handled` is called after each `Said`, so that who says too much can be made to wait.
+    `handled` is called after each `Said`, so that who says too much can be made to wait. `lend` sends a
+    message with a descriptor, which is its own to close.
     """
 
     send: Callable[[int, FromDaemon], None]
     drop: Callable[[int], None]
     handled: Callable[[int], None] = _ignore
+    lend: Callable[[int, FromDaemon, int], None] = _close
 
 
 class Runner:
@@ -102,6 +118,8 @@ class Runner:
         self._proofs = Proofs()
         self._writer = ChunkWriter(workers=workers)
         self._snapshots = ThreadPoolExecutor(4, thread_name_prefix="ckptd-snapshot")
+        # Four snapshots in work must not keep one waiting whose machine goes.
+        self._urgent = ThreadPoolExecutor(4, thread_name_prefix="ckptd-urgent")
         self._records = ThreadPoolExecutor(4, thread_name_prefix="ckptd-record")
 
     def post(self, event: Event) -> None:
@@ -130,7 +148,7 @@ class Runner:
                         code = effect.code
                         return code
                     self._carry_out(effect)
-                if isinstance(event, ev.Said):
+                if isinstance(event, (ev.Said, ev.Mapped)):
                     self._outlet.handled(event.client)
         finally:
             self._close(is_hurried=code == EXIT_UNFINISHED)
@@ -148,12 +166,12 @@ class Runner:
             self._outlet.send(effect.client, effect.message)
         elif isinstance(effect, ev.Drop):
             self._outlet.drop(effect.client)
-        elif isinstance(effect, ev.Release):
-            self._release(effect)
+        elif isinstance(effect, (ev.ShowHeld, ev.Lend, ev.Release)):
+            self._on_memory(effect)
         elif isinstance(effect, ev.Idle):
             self._idle()
         elif isinstance(effect, ev.Store):
-            submit(self._snapshots, self._store, effect)
+            submit(self._urgent if effect.is_urgent else self._snapshots, self._store, effect)
         elif isinstance(effect, ev.PutRank):
             submit(self._records, self._put_rank, effect)
         elif isinstance(effect, ev.Open):
@@ -223,11 +241,14 @@ class Runner:
             if end > slot.view.nbytes or chunk.dtype not in dtypes.BY_NAME:
                 raise ProtocolError("a chunk that leaves its slot, or of an unknown dtype")
             sources.append(Source(chunk.dtype, slot.view[chunk.offset_bytes : end], check))
-        step, compression = effect.part.step.id, effect.hello.compression
+        store_all = partial(
+            self._writer.write, birth=effect.part.step.id, sources=sources,
+            compression=effect.hello.compression, is_urgent=effect.is_urgent,
+        )  # fmt: skip
         # A batch of its own: a sync that fails takes deferred objects away again, and those of
         # another rank's snapshot must not be among them.
         with self._store_of(effect.part.step).batch() as store:
-            chunks = _tried(store, lambda: self._writer.write(store, step, sources, compression))
+            chunks = _tried(store, partial(store_all, store))
         check()
         return chunks
 
@@ -235,7 +256,7 @@ class Runner:
         try:
             _check(effect.record)
             store = self._store_of(effect.part.step)
-            _tried(store, lambda: put_rank(store, effect.record))
+            _tried(store, lambda: put_rank(store, _based(store, effect)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the trainer must hear of it
             self._part_failed(effect.part, error)
         else:
@@ -300,11 +321,25 @@ class Runner:
 
     # --- memory --------------------------------------------------------------------------------
 
-    def _release(self, effect: ev.Release) -> None:
+    def _on_memory(self, effect: ev.ShowHeld | ev.Lend | ev.Release) -> None:
+        if isinstance(effect, ev.ShowHeld):
+            held = tuple(row for arena, row in effect.snapshots if self._is_held(arena, row))
+            self._outlet.send(effect.client, Held(effect.daemon, held))
+        elif isinstance(effect, ev.Lend):
+            with self._arenas_lock:
+                memory = self._arenas[effect.owner]
+            self._outlet.lend(effect.client, effect.message, os.dup(memory.fileno()))
+        else:
+            with self._arenas_lock:
+                arena = self._arenas.pop((effect.client, effect.arena), None)
+            if arena is not None:
+                arena.close()
+
+    def _is_held(self, arena: int, row: HeldSnapshot) -> bool:
+        """Tell whether a snapshot was not overwritten since."""
         with self._arenas_lock:
-            arena = self._arenas.pop((effect.client, effect.arena), None)
-        if arena is not None:
-            arena.close()
+            memory = self._arenas.get((row.arena, arena))
+        return memory is not None and memory.slot(row.slot).is_current(row.generation)
 
     def _idle(self) -> None:
         self._writer.buffers.trim()
@@ -316,6 +351,7 @@ class Runner:
     def _close(self, *, is_hurried: bool) -> None:
         failpoints.hit("engine.exit")
         self._snapshots.shutdown(wait=not is_hurried, cancel_futures=True)
+        self._urgent.shutdown(wait=not is_hurried, cancel_futures=True)
         self._records.shutdown(wait=not is_hurried, cancel_futures=True)
         self._writer.close(wait=not is_hurried)
         if is_hurried:
@@ -332,6 +368,14 @@ class Runner:
 def _tried(store: Store, operation: Callable[[], T]) -> T:
     """Return what `operation` returns, trying again unless the store does so itself."""
     return operation() if store.traits.is_patient else _retrying(operation)
+
+
+def _based(store: Store, effect: ev.PutRank) -> RankManifest:
+    """Name the step that the job took from memory as the one before, if it is committed by now."""
+    record, basis = effect.record, effect.basis
+    if basis is None or read_verdict(store, basis, record.world_size).state != "committed":
+        return record
+    return msgspec.structs.replace(record, previous=str(basis))
 
 
 def _check(record: RankManifest) -> None:

@@ -35,6 +35,11 @@ class Part:
     values: dict[str, Any] = field(default_factory=dict)
     chunks: tuple[Chunk, ...] = ()
 
+    @property
+    def is_urgent(self) -> bool:
+        """Tell whether the machine that has it is about to go."""
+        return self.handoff is not None and self.handoff.deadline_s is not None
+
 
 class Closed(NamedTuple):
     """A step that has its verdict, which is one on the save numbered `sequence`."""

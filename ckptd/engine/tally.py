@@ -22,6 +22,7 @@ class Tally:
     last_commit: StepId | None = None
     last_commit_at: float | None = None
     last_failure: str = ""
+    last_skip: str = ""
 
     def count(self, verdict: Verdict, step: StepId, now: float) -> None:
         """Count a final verdict."""
@@ -29,10 +30,12 @@ class Tally:
             self.committed += 1
             self.last_commit, self.last_commit_at = step, now
             return
-        self.last_failure = verdict.reason
-        if verdict.state == "skipped":
+        if verdict.state == "skipped":  # chosen, so it does not hide what failed
             self.skipped += 1
-        elif verdict.state == "unknown":
+            self.last_skip = verdict.reason
+            return
+        self.last_failure = verdict.reason
+        if verdict.state == "unknown":
             self.unknown += 1
         else:
             self.failed += 1

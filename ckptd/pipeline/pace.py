@@ -60,13 +60,20 @@ class Pace:
                 self._storing.add(done_bytes, now - self._busy_since)
                 self._busy_since = now
 
-    def is_worth_coding(self) -> bool:
-        """Decide for the next chunk; what nobody has measured yet is worth it."""
+    def is_worth_coding(self, *, is_urgent: bool = False) -> bool:
+        """Decide for the next chunk; what nobody has measured yet is worth it.
+
+        Nothing is tried out where it `is_urgent`: only what is known to keep up is coded then.
+        """
         with self._lock:
             coding, storing = self._coding.value, self._storing.value
-            if coding is None or storing is None or self._workers * coding >= storing:
+            if coding is None or storing is None:
+                return not is_urgent
+            if self._workers * coding >= storing:
                 self._left_raw = 0
                 return True
+            if is_urgent:
+                return False
             self._left_raw += 1
             return self._left_raw % _LOOK_AGAIN == 0
 

@@ -203,13 +203,13 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
     """
     if not reads:
         return
-    puts = [[place(r) if _has_no_gaps(r) else None for r in read.regions] for read in reads]
+    puts = [[place(r) if has_no_gaps(r) else None for r in read.regions] for read in reads]
     staged = [
         read.chunk.raw_bytes for read, row in zip(reads, puts, strict=True) if None in row
     ]  # fmt: skip
     each_bytes = store.traits.window_bytes + BLOCK_BYTES + max(staged, default=0)
     workers = max(1, min(threads or readers_of(store), len(reads), budget_bytes // each_bytes))
-    tally = _Tally(sum(map(_needed_bytes, reads)), progress)
+    tally = Tally(sum(map(_needed_bytes, reads)), progress)
     local = threading.local()
     stop = threading.Event()
 
@@ -226,7 +226,7 @@ def read_chunks(  # noqa: PLR0913 - what, from where, to where, and with how muc
 
     with ThreadPoolExecutor(workers, thread_name_prefix="ckptd-read") as pool:
         try:
-            _first_failure([pool.submit(work, *row) for row in zip(reads, puts, strict=True)])
+            first_failure([pool.submit(work, *row) for row in zip(reads, puts, strict=True)])
         finally:
             stop.set()
 
@@ -239,7 +239,7 @@ class _Delivery:
         self._sink = sink
         self._staging: Bytes = np.empty(0, np.uint8)
 
-    def run(self, read: ChunkRead, puts: Sequence[Put | None], tally: _Tally) -> None:
+    def run(self, read: ChunkRead, puts: Sequence[Put | None], tally: Tally) -> None:
         """Deliver all regions of a chunk."""
         staging = self._staging_for(read.chunk) if None in puts else None
         rows = sorted(
@@ -271,7 +271,7 @@ class _Delivery:
         return self._staging[: chunk.raw_bytes]
 
 
-class _Tally:
+class Tally:
     """Adds up what several threads have done."""
 
     def __init__(self, total_bytes: int, progress: Progress) -> None:
@@ -281,6 +281,7 @@ class _Tally:
         self._lock = threading.Lock()  # guards _done_bytes, and keeps reports in order
 
     def add(self, count: int) -> None:
+        """Add bytes that are done."""
         with self._lock:
             self._done_bytes += count
             self._progress(self._done_bytes, self._total_bytes)
@@ -300,7 +301,7 @@ def region_bytes(staging: npt.NDArray[np.uint8], region: Region) -> memoryview:
     return part.reshape(-1).view(np.uint8).data
 
 
-def _has_no_gaps(region: Region) -> bool:
+def has_no_gaps(region: Region) -> bool:
     """Tell whether a region's bytes lie in the chunk in one piece."""
     start, stop = region.span()
     return stop - start == region.box.volume * region.itemsize
@@ -322,7 +323,8 @@ def _needed_bytes(read: ChunkRead) -> int:
     return sum(min(BLOCK_BYTES, size - i * BLOCK_BYTES) for i in needed_blocks(read))
 
 
-def _first_failure(futures: list[Future[None]]) -> None:
+def first_failure(futures: list[Future[None]]) -> None:
+    """Wait for all, or for the first that fails, and raise what it raised."""
     done, others = wait(futures, return_when=FIRST_EXCEPTION)
     for future in others:
         future.cancel()

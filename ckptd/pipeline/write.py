@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import Literal, NamedTuple
 
 from ckptd import failpoints
@@ -15,8 +16,8 @@ from ckptd.errors import ObjectExistsError
 from ckptd.model.keys import ChunkId, StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
 from ckptd.pipeline.buffers import BufferPool
+from ckptd.pipeline.lanes import Lane
 from ckptd.pipeline.pace import Pace
-from ckptd.pipeline.threads import submit
 from ckptd.store.base import CHUNK_ROOM_BYTES, Store
 
 Compression = Literal["auto", "zstd", "none"]
@@ -43,7 +44,10 @@ class ChunkWriter:
     """Threads that hash and code chunks, and threads that store them; shared by all snapshots.
 
     While one chunk is being stored the next one is coded. In flight are at most `budget_bytes`, and
-    for each store what it is worth.
+    for each store what it is worth. Chunks of an urgent snapshot go ahead of all that are not being
+    stored already, and are lent buffers first: a thread that waits for a buffer in order to code
+    another one gives that up for them. What coded chunks hold comes back as they are stored, which
+    waits for nothing but the store.
     """
 
     def __init__(
@@ -54,23 +58,35 @@ class ChunkWriter:
         self._paces: dict[str, Pace] = {}
         self._paces_lock = threading.Lock()  # guards _paces
         self._local = threading.local()
-        self._coders = ThreadPoolExecutor(self.workers, thread_name_prefix="ckptd-code")
-        self._putters = ThreadPoolExecutor(puts, thread_name_prefix="ckptd-put")
+        self._coders = Lane(ThreadPoolExecutor(self.workers, thread_name_prefix="ckptd-code"))
+        self._putters = Lane(ThreadPoolExecutor(puts, thread_name_prefix="ckptd-put"))
 
     def write(
-        self, store: Store, birth: StepId, sources: Sequence[Source], compression: Compression
+        self,
+        store: Store,
+        birth: StepId,
+        sources: Sequence[Source],
+        compression: Compression,
+        *,
+        is_urgent: bool = False,
     ) -> list[Chunk]:
         """Store all chunks of one snapshot and make them durable; return them in order.
 
         Blocks the calling thread. The first failure stops the rest and is raised. With ``auto``
-        chunks are left raw while coding them would keep the store waiting.
+        chunks are left raw while coding them would keep the store waiting; of an urgent snapshot
+        too with ``zstd``, and as long as nobody knows whether it would.
 
         Raises:
             StoreError: the snapshot is not stored whole; it may be written again.
         """
         stop = threading.Event()
-        job = _Job(store, birth, compression, stop, self.pace_of(store))
-        futures = [submit(self._coders, self._code, job, source) for source in sources]
+        job = _Job(store, birth, compression, stop, self.pace_of(store), is_urgent)
+        futures = [
+            self._coders.submit(partial(self._code, job, source), is_urgent=is_urgent)
+            for source in sources
+        ]
+        if is_urgent:
+            self.buffers.wake()
         chunks = _results(futures, stop)
         failpoints.hit("chunks.sync")
         store.sync()
@@ -83,8 +99,8 @@ class ChunkWriter:
 
     def close(self, *, wait: bool = True) -> None:
         """End the threads after the chunk that each is at, which `wait` False does not wait for."""
-        self._coders.shutdown(wait=wait, cancel_futures=True)
-        self._putters.shutdown(wait=wait, cancel_futures=True)
+        self._coders.close(wait=wait)
+        self._putters.close(wait=wait)
 
     def _code(self, job: _Job, source: Source) -> Future[Chunk]:
         """Code a chunk into a buffer that goes on to a thread that stores it."""
@@ -93,24 +109,22 @@ class ChunkWriter:
         with ExitStack() as held:
             out = held.enter_context(
                 self.buffers.borrow(
-                    stored_bound(raw_bytes), within_bytes=job.store.traits.budget_bytes
+                    stored_bound(raw_bytes),
+                    within_bytes=job.store.traits.budget_bytes,
+                    is_urgent=job.is_urgent,
+                    gives_way=lambda: not job.is_urgent and self._coders.has_urgent,
                 )
             )
             job.check()  # the buffer may have been long in coming
-            mode = job.compression
-            if not job.store.has_conditional_put:
-                # A rank of another node may overwrite this chunk, and only raw bytes are the same
-                # whatever coded them there.
-                mode = "none"
-            elif mode == "auto" and not job.pace.is_worth_coding():
-                mode = "none"
+            mode = job.mode()
             with job.pace.coding(raw_bytes) if mode != "none" else nullcontext():
                 encoded = self._encoder().encode(
                     source.raw, source.dtype, out, mode=mode, copied=source.check
                 )
             ready = _Ready(encoded.hash, source.dtype, raw_bytes, out[: encoded.stored_bytes])
             held.callback(ready.stored.release)
-            return submit(self._putters, self._put, job, ready, held.pop_all())
+            put = partial(self._put, job, ready, held.pop_all())
+            return self._putters.submit(put, is_urgent=job.is_urgent)
 
     def _put(self, job: _Job, ready: _Ready, held: ExitStack) -> Chunk:
         with held:
@@ -140,10 +154,24 @@ class _Job(NamedTuple):
     compression: Compression
     stop: threading.Event
     pace: Pace
+    is_urgent: bool
 
     def check(self) -> None:
         if self.stop.is_set():
             raise InterruptedError("another chunk of this snapshot failed")
+
+    def mode(self) -> Compression:
+        """Decide how the next chunk is coded."""
+        if not self.store.has_conditional_put:
+            # A rank of another node may overwrite this chunk, and only raw bytes are the same
+            # whatever coded them there.
+            return "none"
+        mode: Compression = (
+            "auto" if self.compression == "zstd" and self.is_urgent else self.compression
+        )
+        if mode == "auto" and not self.pace.is_worth_coding(is_urgent=self.is_urgent):
+            return "none"
+        return mode
 
 
 class _Ready(NamedTuple):

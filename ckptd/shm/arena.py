@@ -89,9 +89,15 @@ class Arena:
 
     @classmethod
     def adopt(
-        cls, fd: int, slots: int, slot_bytes: int, *, max_bytes: int | None = None
-    ) -> Arena:  # fmt: skip
-        """Map an arena that another process made, for reading only.
+        cls,
+        fd: int,
+        slots: int,
+        slot_bytes: int,
+        *,
+        max_bytes: int | None = None,
+        is_writable: bool = False,
+    ) -> Arena:
+        """Map an arena that another process made, for reading only unless that process is dead.
 
         Owns `fd` from the call on: it is closed if anything is wrong with it. At most `max_bytes`
         are accepted; by default as much as it takes already, since it must be reserved.
@@ -103,7 +109,8 @@ class Arena:
         try:
             _check_shape(slots, slot_bytes, ProtocolError)
             _check_memfd(fd, slots * slot_bytes, max_bytes)
-            mapping = mmap.mmap(fd, slots * slot_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if is_writable else 0)
+            mapping = mmap.mmap(fd, slots * slot_bytes, mmap.MAP_SHARED, access)
             return cls(mapping, fd, slots, slot_bytes)
         except OSError as error:
             os.close(fd)

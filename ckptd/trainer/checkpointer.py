@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Literal
@@ -21,6 +21,8 @@ from ckptd.store.open import normalise_url, open_store
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import numbers_of
 from ckptd.trainer.attempts import start_attempt
+from ckptd.trainer.busy import Decisions
+from ckptd.trainer.deadline import Deadline, wait_committed
 from ckptd.trainer.filling import Request, Resumed
 from ckptd.trainer.flatten import check_state
 from ckptd.trainer.handle import Handle
@@ -28,10 +30,13 @@ from ckptd.trainer.link import Link
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 from ckptd.trainer.ports import hello_of, is_daemon_there, open_port
+from ckptd.trainer.preempting import Preemption, Sources
 from ckptd.trainer.preparing import Preparation
+from ckptd.trainer.recall import Recall
 from ckptd.trainer.resuming import Resuming, Root
 from ckptd.trainer.saving import Saving
 from ckptd.trainer.snapshots import Snapshots
+from ckptd.trainer.stepping import Metrics, Stepping
 from ckptd.trainer.terms import MapLocation, Rename, Terms
 
 log = logging.getLogger("ckptd.trainer")
@@ -50,8 +55,14 @@ class Checkpointer:
             ``$CKPTD_SOCKET``); a path is the socket of one that runs as a service; False does its
             work on threads of this process, which die with it.
         compression: ``auto`` leaves raw what does not shrink; ``zstd`` always tries; ``none``.
-        on_busy: when no slot is free within `busy_timeout_s`: ``wait`` raises `SlotsBusyError`,
-            ``skip`` leaves the step out, on all ranks.
+        on_busy: what a save does for which no slot is free, because the store is slower than the
+            job saves: ``wait`` waits for one, up to `busy_timeout_s`, and then raises
+            `SlotsBusyError`; ``skip`` waits for nothing and leaves the save out, on all ranks alike,
+            where rank 0 has no slot. Then the handle has a `SaveSkippedError`, and nothing raises it
+            but the handle. A save with ``wait=True`` is never left out so.
+        busy_timeout_s: the longest that a save may wait for a slot, and with ``skip`` on other ranks
+            than 0 for rank 0's word and a slot together; also how long a snapshot may wait for a
+            daemon.
         slots: snapshots that fit in shared memory; ``auto`` is two where memory allows, else one.
         storage_options: settings of the store; kept in memory, never logged.
         commit_timeout_s: how long a step may wait for the slowest rank before it is given up.
@@ -60,6 +71,8 @@ class Checkpointer:
         overlap: let `save` return before parameters and optimizer state are copied; the copy runs
             beside the next forward and backward pass, and every optimizer's ``step`` waits for it.
             Whatever else writes to them must call `fence` first.
+        stop_signals: which signals `preempted` takes for a warning; handlers that they have are called
+            afterwards.
 
     Raises:
         ConfigError: the arguments, the root or the job cannot work; the message says what to do.
@@ -81,13 +94,16 @@ class Checkpointer:
         meeting_timeout_s: float = 300.0,
         allow_pickle: bool = False,
         overlap: bool = False,
+        stop_signals: Sequence[str] = ("SIGTERM", "SIGUSR1"),
     ) -> None:
         self.options = Options(
             normalise_url(os.fspath(url)), daemon, compression, on_busy, busy_timeout_s, slots,
             storage_options or {}, commit_timeout_s, meeting_timeout_s, allow_pickle, overlap,
+            stop_signals,
         )  # fmt: skip
         self.options.check()
         self.options.check_daemon(os.environ)
+        sources = Sources.of(stop_signals, os.environ)
         failpoints.arm(os.environ.get("CKPTD_FAILPOINTS", ""))
         self._pid = os.getpid()
         self._meeting = Meeting.of_job(self.options.url, meeting_timeout_s)
@@ -96,6 +112,7 @@ class Checkpointer:
             self.attempt = start_attempt(store, self._meeting, meeting_timeout_s)
         finally:
             store.close()
+        self._preemption = Preemption(self._meeting, sources)
         self._agreement = Agreement(self._meeting, self.options.chunk_bytes)
         self._snapshots = Snapshots(
             slots=slots, local_ranks=self._meeting.local_world_size,
@@ -109,9 +126,12 @@ class Checkpointer:
         self._preparation = Preparation(self.options, self._agreement, self._snapshots)
         root = Root(self.options.url, self.options.storage_options, may_commit=True)
         self._resuming = Resuming(root, self._meeting, meeting_timeout_s)
+        decisions = Decisions(self._meeting, self.options, self._snapshots.has_room)
         self._saving = Saving(
-            self.options, self._agreement, self._snapshots, self._link, self._load
+            self.options, self._agreement, self._snapshots, self._link, decisions, self._load
         )
+        self._state: Mapping[str, object] | None = None  # what `steps` saves
+        self._has_to_stop = False
         self._is_closed = False
         atexit.register(self._at_exit)
 
@@ -132,16 +152,29 @@ class Checkpointer:
         the same handle, or raises if that save failed: a step is saved once in an attempt. With
         `wait`, return only after the commit, or raise after `deadline_s`.
 
+        `deadline_s`, on all ranks or on none, is what is left until the machine goes. The snapshot
+        is copied at once and goes ahead of all others, and `save` waits for the commit. When the time
+        is up it returns all the same: `Handle.status` and the log say what is known. Once `preempted`
+        has returned True, it is by default what is left of ``$CKPTD_GRACE_S``.
+
         Raises:
             LayoutError: the state cannot be stored; nothing was, and the other ranks hear of it.
             SlotsBusyError: no slot got free in time (``on_busy="wait"``).
+            SaveUnknownError: not committed within `deadline_s`, with `wait`.
             CkptdError: why an *earlier* save failed, once. This one was handed off all the same, so
                 that ranks which hear of a failure at different steps stay in step.
         """
         self._check_usable()
-        handle = self._saving.save(step, state, numbers_of(metrics or {}))
-        if wait:
-            handle.result(deadline_s)
+        limit_s = self._preemption.grace_left_s() if self._has_to_stop else None
+        limit_s = limit_s if deadline_s is None else deadline_s
+        deadline = None if limit_s is None else Deadline(limit_s)
+        handle = self._saving.save(
+            step, state, numbers_of(metrics or {}), may_skip=not wait, deadline=deadline
+        )
+        if wait and deadline_s is None:
+            handle.wait_committed()
+        elif deadline is not None:
+            wait_committed(handle, deadline, must=wait)
         self._saving.raise_untold(handle)
         return handle
 
@@ -165,6 +198,7 @@ class Checkpointer:
             LayoutError: the state cannot be stored.
         """
         self._check_usable()
+        self._state = state
         self._preparation.start(state)
         self._link.begin()
 
@@ -204,21 +238,66 @@ class Checkpointer:
         terms.check()
         if self._saving.count:
             raise ConfigError("resume comes before the first save of a Checkpointer")
-        is_asked = is_daemon_there(self.options)
-        if is_asked and not self._link.settle(self.options.settle_timeout_s):
-            log.warning(
-                "the daemon still writes what an earlier attempt handed off, or none answers: "
-                "an older checkpoint may be taken than there could be"
-            )
+        link = self._link if is_daemon_there(self.options) else None
+        recall = Recall(link, self.options.settle_timeout_s, self.attempt.ordinal)
         request = Request(state, terms, self._meeting.rank, self._meeting.world_size)
-        resumed = self._resuming.run(request, step, share_reads=share_reads)
-        if resumed is not None:
-            self._saving.resumed_from = StepId(attempt=resumed.attempt, step=resumed.step)
+        resumed = self._resuming.run(request, step, share_reads=share_reads, recall=recall)
+        self._saving.resumed_from = self._resuming.line
+        self._saving.basis = self._resuming.basis
+        if recall.sighting.rows:
+            self._preparation.heir_of(self._link)
         try:
             self.prepare(state)
         except LayoutError as error:  # what was restored is restored; the first save raises this
             log.warning("nothing could be prepared for the first save: %s", error)
         return resumed
+
+    # --- being told to stop --------------------------------------------------------------------
+
+    def preempted(self) -> bool:
+        """Tell whether the job is to stop here: on every rank True at the same call, and from then on.
+
+        Every rank calls it once per step, with the same calls before. The first call takes the
+        `stop_signals` over, until `close`: make one before the first step compiles for minutes. A
+        warning to one rank is one to all: a signal, the file ``$CKPTD_STOP_FILE``, `ckptd preempt`,
+        `notify_preemption`. It is remembered, whatever the job does at that moment. Without one a
+        call costs well under a microsecond; after one it may wait some seconds for the other ranks.
+        """
+        self._has_to_stop = self._preemption.ask()
+        return self._has_to_stop
+
+    def notify_preemption(self, reason: str = "notify_preemption was called") -> None:
+        """Let all ranks stop, as a signal does. For any thread, and where no signal is heard."""
+        self._preemption.notify(reason)
+
+    def steps(
+        self,
+        steps: Iterable[int],
+        state: Mapping[str, object] | None = None,
+        *,
+        every: int | None = None,
+        metrics: Metrics | None = None,
+    ) -> Iterator[int]:
+        """Give the steps that are left, for a loop whose body is one step; save, and stop when told.
+
+        ``for step in ckpt.steps(range(1, 1001), every=100):`` on every rank alike. Steps up to the
+        one that was resumed are left out. After the body, if the job is preempted, the step is saved
+        and the loop ends, once it is committed or the grace is over. With `every`, multiples of it
+        and the last step are saved too. The state is by default what was given to `resume` or
+        `prepare`; `metrics` is called at each save, for what goes with it.
+
+        Raises:
+            ConfigError: there is no state, or `every` is no number of steps.
+            CkptdError: as `save`.
+        """
+        self._check_usable()
+        held = self._state if state is None else state
+        if held is None:
+            raise ConfigError("steps() needs a state: give it, or call resume() with it before")
+        stepping = Stepping(self._preemption, partial(self.save, state=held), every, metrics)
+        self._preemption.begin()
+        resumed = self._saving.resumed_from
+        return stepping.walk(steps, None if resumed is None else resumed.step)
 
     # --- the rest ------------------------------------------------------------------------------
 
@@ -287,6 +366,7 @@ class Checkpointer:
             return
         self._is_closed = True
         atexit.unregister(self._at_exit)
+        self._preemption.close()
         self._saving.close()
         self._agreement.close()
         self._link.close()

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from ckptd.errors import LayoutError
-from ckptd.model.keys import StepId
-from ckptd.model.manifest import Manifest, Tree
-from ckptd.pipeline.catalog import read_manifest
-from ckptd.store.base import Store
+from ckptd.model.manifest import Tree
 from ckptd.trainer.fetching import Fetch, Records
 from ckptd.trainer.flatten import survey
 from ckptd.trainer.inheritance import Heir, Inheritance
@@ -25,7 +22,7 @@ class Resumed(NamedTuple):
     """What was restored.
 
     `values` are the entries of the state that are plain values, as they were saved. `source` says
-    where the bytes came from: ``store``. With ``strict=False``, `missing` are names that the state
+    where the bytes came from: ``store``, or ``memory`` of the daemons. With ``strict=False``, `missing` are names that the state
     wanted and the checkpoint did not hold; `unused` are names that it held and nobody wanted.
     `surplus` lists, on every rank, what ranks that there are no more kept for themselves, as ``name@rank``;
     generators that went by stream may live on under another rank.
@@ -35,7 +32,7 @@ class Resumed(NamedTuple):
     attempt: int
     metrics: dict[str, float]
     values: dict[str, Any]
-    source: Literal["store"]
+    source: Literal["store", "memory"]
     missing: tuple[str, ...]
     unused: tuple[str, ...]
     surplus: tuple[str, ...]
@@ -50,16 +47,20 @@ class Request(NamedTuple):
     world_size: int
 
 
+Open = Callable[[], Records]
+"""Opens what a state is filled from. Raises CorruptError if it is damaged, StoreError."""
+
+
 class Filling:
     """Call `check`, `share` if all want the same, `fill`, `pass_on` and `finish`, on one thread.
 
     Reads run on threads of their own.
     """
 
-    def __init__(self, store: Store, request: Request) -> None:
-        self._store = store
+    def __init__(self, open_records: Open, request: Request) -> None:
+        self._open = open_records
         self._request = request
-        self._manifest: Manifest | None = None
+        self._records: Records | None = None
         self._plan: RestorePlan | None = None
         self._fetch: Fetch | None = None
         self._passing: Passing | None = None
@@ -67,7 +68,7 @@ class Filling:
         self._restored: dict[str, Any] = {}
         self._surplus: tuple[str, ...] = ()
 
-    def check(self, id_: StepId) -> None:
+    def check(self) -> None:
         """Read the records and make sure that everything wanted is there. Changes nothing.
 
         Raises:
@@ -76,8 +77,8 @@ class Filling:
             StoreError: the store did not answer.
         """
         request = self._request
-        manifest = self._manifest = read_manifest(self._store, id_)
-        records = Records(self._store, manifest)
+        records = self._records = self._open()
+        manifest = records.manifest
         own = records.of(min(request.rank, manifest.world_size - 1))
         surveyed = survey(request.state)
         heir = Heir(request.state, surveyed, request.rank, request.world_size, request.terms)
@@ -93,6 +94,12 @@ class Filling:
                 raise LayoutError(message)
             log.warning("%s of rank %d", message, request.rank)
         self._fetch = Fetch(records, request.rank, request.world_size, self._plan.fills)
+
+    @property
+    def fetch(self) -> Fetch:
+        """What is read, after `check`."""
+        assert self._fetch is not None
+        return self._fetch
 
     @property
     def wants(self) -> str:
@@ -127,12 +134,12 @@ class Filling:
         assert self._plan is not None
         self._restored = self._plan.finish(self._values)
 
-    def resumed(self) -> Resumed:
+    def resumed(self, source: Literal["store", "memory"]) -> Resumed:
         """Return what `resume` returns."""
-        assert self._manifest is not None
+        assert self._records is not None
         assert self._plan is not None
-        found = self._manifest
+        found = self._records.manifest
         return Resumed(
             found.step, found.attempt, found.numbers, self._restored,
-            "store", tuple(self._plan.missing), tuple(self._plan.unused), self._surplus,
+            source, tuple(self._plan.missing), tuple(self._plan.unused), self._surplus,
         )  # fmt: skip

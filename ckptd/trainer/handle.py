@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 from ckptd import errors
 from ckptd.errors import (
@@ -12,14 +13,21 @@ from ckptd.errors import (
     IncompleteError,
     LayoutError,
     SaveFailedError,
+    SaveSkippedError,
     SaveUnknownError,
 )
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.wire.messages import Finished
 
+Status = Literal[
+    "capturing", "captured", "handed_off", "committed", "failed", "skipped", "unknown"
+]  # fmt: skip
+
 
 class Handle:
     """One save of one rank. All methods may be called from any thread.
+
+    `has_daemon` False says that this process itself does what a daemon would.
 
     Attributes:
         step: the trainer's counter.
@@ -28,18 +36,27 @@ class Handle:
         captured_bytes: what this rank copied into its slot.
     """
 
-    def __init__(self, step: int, sequence: int, load: Callable[[int], Checkpoint]) -> None:
+    def __init__(
+        self,
+        step: int,
+        sequence: int,
+        load: Callable[[int], Checkpoint],
+        *,
+        has_daemon: bool = True,
+    ) -> None:
         self.step = step
         self.sequence = sequence
         self.pause_s = 0.0
         self.captured_bytes = 0
         self._load = load
+        self._has_daemon = has_daemon
         self._error: CkptdError | None = None
         self._is_told = False
         self._done = threading.Event()
         self._captured = threading.Event()
         self._captured.set()
         self._is_taken = False
+        self._is_left_out = False
 
     def __repr__(self) -> str:
         if not self.is_done:
@@ -51,6 +68,38 @@ class Handle:
         """Tell whether the final word is known."""
         return self._done.is_set()
 
+    @property
+    def status(self) -> Status:
+        """How far the save is, as far as this process knows.
+
+        ``capturing``: the state is being copied (with ``overlap``). ``captured``: the snapshot is in
+        shared memory, and no daemon has said that it has it; if this process dies now, it may be
+        lost. ``handed_off``: a daemon has it and goes on, whatever becomes of this process. The rest
+        is final: ``committed``, ``failed``, ``skipped``, or ``unknown``, where nobody could find out
+        whether it was committed.
+        """
+        if self._done.is_set():
+            return _final_status(self._error)
+        if self._is_left_out:
+            return "skipped"
+        if not self._captured.is_set():
+            return "capturing"
+        return "handed_off" if self._is_taken else "captured"
+
+    @property
+    def whereabouts(self) -> str:
+        """What `status` means, in words, as long as it is not final."""
+        status = self.status
+        if status == "capturing":
+            return "the state is still being copied"
+        if status == "captured":
+            return "no daemon has taken the snapshot" if self._has_daemon else "nobody has taken it"
+        if status == "handed_off" and self._has_daemon:
+            return "the daemon has the snapshot and goes on"
+        if status == "handed_off":
+            return "this process still stores the snapshot, and has to live until then"
+        return f"it is {status}"
+
     def wait_captured(self, timeout_s: float | None = None) -> bool:
         """Wait until the snapshot is copied and handed off; False if not in time.
 
@@ -59,6 +108,19 @@ class Handle:
         """
         return self._captured.wait(timeout_s)
 
+    def wait_committed(self, timeout_s: float | None = None) -> bool:
+        """Wait for the commit; False if there is no final word in time.
+
+        Raises:
+            CkptdError: why the step is not committed and never will be.
+        """
+        if not self._done.wait(timeout_s):
+            return False
+        if self._error is not None:
+            self._is_told = True
+            raise self._error
+        return True
+
     def result(self, timeout_s: float | None = None) -> Checkpoint:
         """Wait for the commit and return the checkpoint as it stands in the store.
 
@@ -66,19 +128,20 @@ class Handle:
             SaveUnknownError: the final word was not known in time; the step may still be committed.
             CkptdError: why the step is not committed and never will be.
         """
-        if not self._done.wait(timeout_s):
+        if not self.wait_committed(timeout_s):
             raise SaveUnknownError(
-                f"step {self.step}: no final word within {timeout_s} s; the daemon goes on with it",
+                f"step {self.step}: no final word within {timeout_s} s; {self.whereabouts}",
                 step=self.step,
             )
-        if self._error is not None:
-            self._is_told = True
-            raise self._error
         return self._load(self.step)
 
-    def taken(self) -> None:
-        """Note that a daemon has the snapshot."""
-        self._is_taken = True
+    def taken(self, *, is_taken: bool = True) -> None:
+        """Note that a daemon has the snapshot, or that it is gone, and has not stored it."""
+        self._is_taken = is_taken
+
+    def leave_out(self) -> None:
+        """Note that there is no snapshot; the final word comes once the other ranks cannot commit."""
+        self._is_left_out = True
 
     def defer(self) -> None:
         """Let `wait_captured` wait until `captured`."""
@@ -119,6 +182,14 @@ class Handle:
             return None
         self._is_told = True
         return self._error
+
+
+def _final_status(error: CkptdError | None) -> Status:
+    if error is None:
+        return "committed"
+    if isinstance(error, SaveSkippedError):
+        return "skipped"
+    return "unknown" if isinstance(error, SaveUnknownError) else "failed"
 
 
 def error_of(finished: Finished) -> CkptdError | None:

@@ -317,6 +317,8 @@ class Link:
             # What was handed off long ago gets the whole time to find another daemon.
             self._parted_at = time.monotonic()
         with self._changed:
+            for pending in self._pending.values():
+                pending.part()
             if self._failures >= len(_RETRY_S):
                 self._wants_daemon = False  # the first snapshot will look for one again
         self._questions.lost()

@@ -13,7 +13,7 @@ from ckptd.model.manifest import Manifest, Tree
 from ckptd.pipeline.catalog import find, read_manifest
 from ckptd.store.base import Store
 from ckptd.store.open import normalise_url, open_store
-from ckptd.trainer.fetching import Fetch, Records
+from ckptd.trainer.fetching import Fetch, Records, StoreRecords
 from ckptd.trainer.merging import is_mergeable, merge_values
 from ckptd.trainer.stored import Stored, dtype_of, is_module, is_optimizer
 from ckptd.trainer.targets import Targets
@@ -65,7 +65,7 @@ def load(  # noqa: PLR0913 - one keyword for each choice
 
 
 def _load(store: Store, manifest: Manifest, terms: Terms) -> dict[str, Any]:
-    records = Records(store, manifest)
+    records = StoreRecords(store, manifest)
     values = _values(records)
     stored = Stored({t.fqn: t for t in manifest.tensors}, manifest.aliases, values, None)
     targets = Targets(stored, terms)

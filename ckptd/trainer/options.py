@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from ckptd.errors import ConfigError
@@ -24,6 +25,7 @@ class Options(NamedTuple):
     meeting_timeout_s: float
     allow_pickle: bool
     overlap: bool = False
+    stop_signals: Sequence[str] = ("SIGTERM", "SIGUSR1")
     chunk_bytes: int = 32 * MIB
     plan_timeout_s: float = 10.0
     settle_timeout_s: float = 15.0
@@ -58,5 +60,11 @@ class Options(NamedTuple):
             raise ConfigError(f"daemon={self.daemon!r}: write True, False or the path of a socket")
         if self.slots != "auto" and not (type(self.slots) is int and 1 <= self.slots <= 64):
             raise ConfigError(f"slots={self.slots!r}: write 'auto' or a number from 1 to 64")
+        for name in self.stop_signals:
+            if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+                raise ConfigError(
+                    f"stop_signals={self.stop_signals!r}: write names of signals that can be heard, "
+                    "such as ('SIGTERM',)"
+                )
         if self.url.startswith("memory://") and self.daemon is not False:
             raise ConfigError("memory:// lives in this process: it goes with daemon=False only")

@@ -30,6 +30,11 @@ class Pending:
         if release is not None:
             release()
 
+    def part(self) -> None:
+        """Note that the daemon that had it is gone, or will not say more."""
+        if not self.is_written:
+            self.handle.taken(is_taken=False)
+
     def abandoned(self, waited_s: float) -> CkptdError:
         """Return what to tell of a save for which no daemon was found in so many seconds."""
         step, waited = self.handle.step, f"{waited_s:g} s"

@@ -106,6 +106,10 @@ class _Lent:
     def __init__(self, arena: Arena) -> None:
         self.slot = arena.slot
 
+    def fileno(self) -> int:
+        """Raise: it is not lent to anybody else."""
+        raise ValueError("private memory has no descriptor")
+
     def trim(self) -> None:
         """Keep everything: it is the trainer's."""
 

@@ -14,7 +14,9 @@ from ckptd.plan.split import whole_share
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.layouts import fingerprints, predicted_layout
+from ckptd.trainer.link import Link
 from ckptd.trainer.options import Options
+from ckptd.trainer.recall import claim
 from ckptd.trainer.snapshots import Snapshots
 
 log = logging.getLogger("ckptd.trainer")
@@ -31,6 +33,11 @@ class Preparation:
         self._agreement = agreement
         self._snapshots = snapshots
         self._thread: threading.Thread | None = None
+        self._link: Link | None = None
+
+    def heir_of(self, link: Link) -> None:
+        """Take an arena over that a dead trainer left, rather than make one beside it."""
+        self._link = link
 
     def start(self, state: Mapping[str, object]) -> None:
         """Begin for a state; what was begun before is ended first.
@@ -64,9 +71,20 @@ class Preparation:
         plan, share = (agreed.plan, agreed.share) if agreed else (None, whole_share(layout))
         try:
             cut = self._snapshots.cut(layout, plan, share)
+            self._take_over(cut.packed.slot_bytes)
             self._snapshots.reserve(
                 cut.packed.slot_bytes, is_faulted=True, is_pinned=cut.is_on_cuda
             )
             self._snapshots.lay_out(cut)
         except CkptdError as error:
             log.error("slots could not be reserved ahead: %s", error)  # noqa: TRY400 - save raises it
+
+    def _take_over(self, slot_bytes: int) -> None:
+        """Ask the daemon for an arena of a dead trainer, once; training goes on meanwhile."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        slots = self._options.slots if isinstance(self._options.slots, int) else 1
+        arena = claim(link, slots, slot_bytes, self._options.settle_timeout_s)
+        if arena is not None:
+            self._snapshots.take_over(arena)

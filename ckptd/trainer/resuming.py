@@ -1,6 +1,7 @@
 """One decision for all ranks: which checkpoint, and whether it came back whole.
 
-Rank 0 proposes checkpoints from the newest of the line on. For each, all ranks first check that it
+Rank 0 proposes what living daemons hold, as far as it is not older than the newest checkpoint; then
+checkpoints from the newest of the line on. For each, all ranks first check that it
 fits (nothing is changed by that), then all fill their objects, then all say how it went. Damage
 anywhere sends everyone to the next older checkpoint, which overwrites everything again.
 """
@@ -8,36 +9,50 @@ anywhere sends everyone to the next older checkpoint, which overwrites everythin
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
 
 from ckptd import errors
+from ckptd.codec.records import decode_record
 from ckptd.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CkptdError,
     CorruptError,
     LayoutError,
+    ObjectNotFoundError,
     StoreError,
     TornRestoreError,
 )
+from ckptd.model import keys
 from ckptd.model.keys import StepId
+from ckptd.model.manifest import AttemptRecord
 from ckptd.pipeline.catalog import find, line, list_commits
 from ckptd.pipeline.recover import commit_whole_steps
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.trainer.filling import Filling, Request, Resumed
 from ckptd.trainer.meeting import Meeting
+from ckptd.trainer.recall import HeldStep, Recall, Sighting, held_steps
+from ckptd.trainer.recalled import Site, is_spread_out, may_travel
+from ckptd.trainer.sources import MemorySource, Source, StoreSource
 
 log = logging.getLogger("ckptd.trainer")
 
 
 class _Proposal(msgspec.Struct):
-    """Rank 0's next checkpoint; `id` is None when there is none left, or when it failed to look."""
+    """What rank 0 proposes next: a checkpoint, or a step in memory with the newest checkpoint `before`.
+
+    Both are None when nothing is left, or when it failed to look. `settles` says that the daemons are
+    to finish first what they write.
+    """
 
     id: str | None = None
+    held: HeldStep | None = None
+    before: str | None = None
+    settles: bool = False
     kind: str = ""
     reason: str = ""
 
@@ -64,81 +79,146 @@ class Root(NamedTuple):
 
 
 class Resuming:
-    """Restores checkpoints of one root into the state of a job; all ranks call `run` alike."""
+    """Restores checkpoints of one root into the state of a job; all ranks call `run` alike.
+
+    Attributes:
+        line: after `run`, the newest checkpoint of the line that the job goes on with.
+        basis: the step that was taken from memory and may not be committed yet.
+    """
 
     def __init__(self, root: Root, meeting: Meeting, timeout_s: float) -> None:
+        self.line: StepId | None = None
+        self.basis: StepId | None = None
         self._root = root
         self._meeting = meeting
         self._timeout_s = timeout_s
         self._runs = 0
         self._notes: list[str] = []  # of all ranks, from the last phase
-        self._shares = False
+        self._is_torn = False
         self._is_asked: bool | None = None
 
     def run(
-        self, request: Request, step: int | None, *, share_reads: bool | None = None
+        self,
+        request: Request,
+        step: int | None,
+        *,
+        share_reads: bool | None = None,
+        recall: Recall | None = None,
     ) -> Resumed | None:
         """Fill the request's state from checkpoint `step`, None for the newest whole one.
 
         With `share_reads` what all ranks want is read once and passed on over the job's process group;
-        None: if they are on several nodes. See `Checkpointer.resume`.
+        None: if they are on several nodes. With `recall` what the daemons hold is looked at first,
+        unless a step is named. See `Checkpointer.resume`.
         """
         self._is_asked = share_reads
+        self._is_torn = False
         self._runs += 1
         store = open_store(self._root.url, self._root.storage_options)
         try:
-            return self._run(store, request, step)
+            return self._run(store, request, step, recall)
         finally:
             store.close()
 
-    def _run(self, store: Store, request: Request, step: int | None) -> Resumed | None:
-        # Rank 0 looks only when the daemons of all nodes have settled (or their ranks gave up).
-        self._meeting.gather(f"resume/{self._runs}/settled", b"", self._timeout_s)
-        candidates: Iterator[StepId] = iter(())
+    def _run(
+        self, store: Store, request: Request, step: int | None, recall: Recall | None
+    ) -> Resumed | None:
+        sightings = self._sightings(recall)
+        looking = _Looking(self._root, self._meeting.world_size, step, sightings)
+        has_memory = step is None and any(sighting.rows for sighting in sightings)
+        proposals: Iterator[_Proposal] = iter(())
         if self._meeting.rank == 0:
-            candidates = _candidates(store, step, may_commit=self._root.may_commit)
+            proposals = looking.proposals(store, has_memory=has_memory, recall=recall)
+        if not has_memory:
+            self._settle(recall)
         damages: list[str] = []
-        is_torn = False
         turn = 0
         while True:
             turn += 1
-            id_ = self._agree_on(candidates, turn)
-            if id_ is None:
-                _none_left(damages, step, is_torn=is_torn)
+            proposal = self._agree_on(proposals, turn)
+            if proposal.settles:
+                self._settle(recall)
+                continue
+            if proposal.id is None and proposal.held is None:
+                _none_left(damages, step, is_torn=self._is_torn)
                 return None
-            filling = Filling(store, request)
-            problem = self._check(filling, id_, turn, is_torn=is_torn)
-            if problem is None:
-                is_torn = True
-                problem = self._change(f"{turn}/fill", filling.fill)
-            if problem is None and self._shares:
-                problem = self._change(f"{turn}/pass", filling.pass_on)
-            if problem is None:
-                problem = self._change(f"{turn}/finish", filling.finish)
-            if problem is None:
-                return filling.resumed()
+            source = self._source(store, proposal, sightings, recall, turn)
+            try:
+                filling, problem = self._fill(source, request, turn)
+                if problem is None:
+                    self._note_line(proposal, source.id)
+                    return filling.resumed(source.name)
+            finally:
+                source.close()
             damages.append(problem)
             log.error(
-                "checkpoint %s is NOT WHOLE, looking for an older one: %s", id_.short, problem
-            )
+                "%s %s is NOT WHOLE, looking for an older one: %s",
+                "checkpoint" if source.name == "store" else "in memory, step",
+                source.id.short, problem,
+            )  # fmt: skip
 
-    def _check(self, filling: Filling, id_: StepId, turn: int, *, is_torn: bool) -> str | None:
+    def _sightings(self, recall: Recall | None) -> list[Sighting]:
+        sighting = recall.sighting if recall is not None else Sighting()
+        answers = self._meeting.gather(
+            f"resume/{self._runs}/held", msgspec.msgpack.encode(sighting), self._timeout_s
+        )
+        return [msgspec.msgpack.decode(answer, type=Sighting) for answer in answers]
+
+    def _settle(self, recall: Recall | None) -> None:
+        """Let the daemons of all nodes settle (or their ranks give up) before rank 0 looks."""
+        if recall is not None:
+            recall.settle()
+        self._meeting.gather(f"resume/{self._runs}/settled", b"", self._timeout_s)
+
+    def _source(
+        self,
+        store: Store,
+        proposal: _Proposal,
+        sightings: Sequence[Sighting],
+        recall: Recall | None,
+        turn: int,
+    ) -> Source:
+        if proposal.held is None:
+            assert proposal.id is not None
+            return StoreSource(store, StepId.parse(proposal.id), may_share=self._may_share())
+        topic = f"resume/{self._runs}/{turn}/held"
+        site = Site(
+            recall or Recall(None, 0.0), sightings, self._meeting, store, topic, self._timeout_s
+        )
+        return MemorySource(proposal.held, site)
+
+    def _fill(self, source: Source, request: Request, turn: int) -> tuple[Filling, str | None]:
+        filling = Filling(source.open, request)
+        problem = self._check(filling, source, turn)
+        if problem is None:
+            passes = source.hear(filling, self._notes)
+            self._is_torn = True
+            problem = self._change(f"{turn}/fill", filling.fill)
+            if problem is None and passes:
+                problem = self._change(f"{turn}/pass", lambda: source.pass_on(filling))
+            if problem is None:
+                problem = self._change(f"{turn}/finish", filling.finish)
+        return filling, problem
+
+    def _note_line(self, proposal: _Proposal, id_: StepId) -> None:
+        self.line, self.basis = id_, None
+        if proposal.held is not None and not proposal.held.is_committed:
+            self.line = StepId.parse(proposal.before) if proposal.before is not None else None
+            self.basis = id_
+
+    def _check(self, filling: Filling, source: Source, turn: int) -> str | None:
         def check() -> str:
-            filling.check(id_)
-            return filling.wants if self._may_share() else ""
+            filling.check()
+            return source.note(filling)
 
         try:
-            problem = self._phase(f"{turn}/check", check)
-            self._shares = problem is None and len(set(self._notes)) == 1 and self._notes[0] != ""
-            if self._shares:
-                filling.share()
-            return problem
+            return self._phase(f"{turn}/check", check)
         except LayoutError as error:
-            if not is_torn:
+            if not self._is_torn:
                 raise
             raise TornRestoreError(
                 "the live objects were changed half from a newer checkpoint that turned out damaged, "
-                f"and {id_.short} does not fit: do not use them, start the process again. {error}"
+                f"and {source.id.short} does not fit: do not use them, start the process again. {error}"
             ) from error
 
     def _may_share(self) -> bool:
@@ -158,17 +238,17 @@ class Resuming:
                 f"the process again. {error}"
             ) from error
 
-    def _agree_on(self, candidates: Iterator[StepId], turn: int) -> StepId | None:
+    def _agree_on(self, proposals: Iterator[_Proposal], turn: int) -> _Proposal:
         topic = f"resume/{self._runs}/{turn}"
         if self._meeting.rank == 0:
-            proposal = _propose(candidates)
+            proposal = _next_of(proposals)
             self._meeting.announce(topic, msgspec.json.encode(proposal))
         else:
             answer = self._meeting.hear(topic, self._timeout_s)
             proposal = msgspec.json.decode(answer, type=_Proposal)
         if proposal.kind:
             raise _error(proposal.kind, f"rank 0 could not look: {proposal.reason}")
-        return StepId.parse(proposal.id) if proposal.id is not None else None
+        return proposal
 
     def _phase(self, name: str, work: Callable[[], str | None]) -> str | None:
         """Do something on every rank; return what is damaged, raise what else went wrong."""
@@ -197,31 +277,58 @@ class Resuming:
         return "; ".join(damaged) or None
 
 
-def _candidates(store: Store, step: int | None, *, may_commit: bool) -> Iterator[StepId]:
-    """Yield the checkpoints to try: the newest of the line, then back; or just `step`."""
-    if may_commit:
-        commit_whole_steps(store)
-    if step is None:
+class _Looking(NamedTuple):
+    """Rank 0's look at what there is; `step` as in `Checkpointer.resume`."""
+
+    root: Root
+    world_size: int
+    step: int | None
+    sightings: Sequence[Sighting]
+
+    def proposals(
+        self, store: Store, *, has_memory: bool, recall: Recall | None
+    ) -> Iterator[_Proposal]:
+        """Yield what to try: held steps, then the newest of the line, then back; or just `step`."""
+        if has_memory and recall is not None:
+            commits = [commit.id for commit in list_commits(store)]
+            newest = str(max(commits)) if commits else None
+            if not is_spread_out(self.sightings) or may_travel(self.world_size):
+                for held in held_steps(self.sightings, recall.attempt, commits):
+                    if _is_of_root(store, held):
+                        yield _Proposal(held=held, before=newest)
+            yield _Proposal(settles=True)
+        if self.root.may_commit:
+            commit_whole_steps(store)
+        if self.step is not None:
+            # Be it damaged, that is for `check` to say; whoever names a step wants that one.
+            yield _Proposal(id=str(find(store, self.step).id))
+            return
         has_any = False
         for manifest in line(store):
             has_any = True
-            yield manifest.id
+            yield _Proposal(id=str(manifest.id))
         if not has_any and list_commits(store):
             raise CorruptError("there are checkpoints but no manifest can be read", key=store.url)
-        return
-    # Be it damaged, that is for `check` to say; whoever names a step wants that one or an error.
-    yield find(store, step).id
 
 
-def _propose(candidates: Iterator[StepId]) -> _Proposal:
+def _is_of_root(store: Store, held: HeldStep) -> bool:
+    """Tell whether an attempt is one of this root's, not of one that had the same name before."""
+    key = keys.attempt(StepId.parse(held.id).attempt)
     try:
-        id_ = next(candidates, None)
+        record = decode_record(store.get(key, max_bytes=1 << 16), AttemptRecord, key=key)
+    except (ObjectNotFoundError, CorruptError):
+        return False
+    return record.token == held.token
+
+
+def _next_of(proposals: Iterator[_Proposal]) -> _Proposal:
+    try:
+        return next(proposals, _Proposal())
     except CkptdError as error:
         return _Proposal(kind=type(error).__name__, reason=str(error))
     except Exception as error:
         log.exception("looking for checkpoints failed")
         return _Proposal(kind=CkptdError.__name__, reason=repr(error))
-    return _Proposal(id=str(id_) if id_ is not None else None)
 
 
 def _none_left(damages: list[str], step: int | None, *, is_torn: bool) -> None:

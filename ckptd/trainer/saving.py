@@ -24,7 +24,8 @@ from ckptd.model.tensor import Layout
 from ckptd.plan.split import whole_share
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.arguments import check_step
-from ckptd.trainer.busy import Decisions
+from ckptd.trainer.busy import Decision, Decisions
+from ckptd.trainer.deadline import Deadline
 from ckptd.trainer.flatten import Flat, flatten
 from ckptd.trainer.handle import Handle
 from ckptd.trainer.layouts import fingerprint_bytes, layout_of
@@ -46,6 +47,7 @@ class _Draft(NamedTuple):
     values: bytes
     fingerprints: bytes
     metrics: dict[str, float]
+    deadline: Deadline | None
 
 
 class Saving:
@@ -55,6 +57,7 @@ class Saving:
 
     Attributes:
         resumed_from: the checkpoint that this attempt goes on from.
+        basis: a newer step that it took from memory, which may be committed since.
         count: how many saves there were.
         skipped: how many of them this rank left out because no slot was free, here or on rank 0.
     """
@@ -69,6 +72,7 @@ class Saving:
         load: Callable[[int], Checkpoint],
     ) -> None:
         self.resumed_from: StepId | None = None
+        self.basis: StepId | None = None
         self.count = 0
         self.skipped = 0
         self._options = options
@@ -89,10 +93,12 @@ class Saving:
         metrics: dict[str, float],
         *,
         may_skip: bool = True,
+        deadline: Deadline | None = None,
     ) -> Handle:
         """Take a snapshot and hand it off; the same handle again for the step just saved.
 
-        Without `may_skip` on rank 0 the save waits for slots even where others would be left out.
+        Without `may_skip` on rank 0 the save waits for slots even where others would be left out. With
+        a `deadline`, which all ranks have then, it is copied at once, and goes ahead of others.
 
         Raises:
             LayoutError, ConfigError, SlotsBusyError: see `Checkpointer.save`.
@@ -106,13 +112,17 @@ class Saving:
         check_step(step, after=None if last is None else last.step)
         self.settle()
         self.count += 1
-        handle = Handle(step, self.count, self._load)
+        has_daemon = self._options.daemon is not False
+        handle = Handle(step, self.count, self._load, has_daemon=has_daemon)
         self._handles.append(handle)
         with self._forfeiting(handle):
             # First of all: the others wait for this, and must not wait for what may raise below.
-            is_taken, wait_s = self._decisions.on(handle.sequence, may_skip=may_skip)
+            if deadline is None:
+                is_taken, wait_s = self._decisions.on(handle.sequence, may_skip=may_skip)
+            else:  # no rank leaves it out, so none has to hear rank 0
+                is_taken, wait_s = Decision(is_taken=True, wait_s=self._options.busy_timeout_s)
             if is_taken:
-                self._snapshot(handle, state, metrics, wait_s)
+                self._snapshot(handle, state, metrics, wait_s, deadline)
             else:
                 self._skip(handle)
         handle.pause_s = time.perf_counter() - began
@@ -152,8 +162,9 @@ class Saving:
     # --- one snapshot ----------------------------------------------------------------------------
 
     def _snapshot(
-        self, handle: Handle, state: Mapping[str, object], metrics: dict[str, float], wait_s: float
-    ) -> None:
+        self, handle: Handle, state: Mapping[str, object], metrics: dict[str, float], wait_s: float,
+        deadline: Deadline | None,
+    ) -> None:  # fmt: skip
         flat = self._flat = flatten(
             state, allow_pickle=self._options.allow_pickle, previous=self._flat
         )
@@ -165,15 +176,17 @@ class Saving:
                 "travel: keep large arrays as tensors"
             )
         failpoints.hit("capture.begin")
+        if deadline is not None:
+            wait_s = min(wait_s, deadline.left_s())
         captured = self._snapshots.capture(
             cut, flat.leaves, step=handle.step, sequence=handle.sequence,
-            timeout_s=wait_s, defers=self._overlap is not None,
+            timeout_s=wait_s, defers=self._overlap is not None and deadline is None,
         )  # fmt: skip
         if captured is None:
             self._busy(handle, wait_s)
             return
         handle.captured_bytes = captured.bytes
-        draft = _Draft(handle, cut, values, samples, metrics)
+        draft = _Draft(handle, cut, values, samples, metrics, deadline)
         if captured.deferred is None or self._overlap is None:
             self._finish(draft, captured)
             return
@@ -234,6 +247,8 @@ class Saving:
             slot=captured.slot.index, generation=captured.generation, recipe=cut.recipe.recipe,
             values=draft.values, fingerprints=draft.fingerprints, metrics=draft.metrics,
             previous=str(previous) if previous else None, captured_at=time.time(),
+            basis=str(self.basis) if self.basis and not self._link.newest else None,
+            deadline_s=draft.deadline.left_s() if draft.deadline else None,
         )  # fmt: skip
         self._link.submit(
             Pending(
@@ -268,6 +283,7 @@ class Saving:
                 "often, give more slots or a longer busy_timeout_s, or set on_busy='skip'"
             )
         self.skipped += 1
+        handle.leave_out()
         self._forfeit(handle, "skipped", waited)
         log.warning("step %d skipped, also on ranks that took it: %s here", handle.step, waited)
 

@@ -147,6 +147,21 @@ class Snapshots:
             if is_pinned and shelf is self._shelf:  # neither closed nor retired meanwhile
                 shelf.pin()
 
+    def take_over(self, arena: Arena) -> None:
+        """Use an arena that a dead trainer left; it is closed if there is one already.
+
+        What lies in its slots is overwritten oldest first, as if this process had written it.
+        """
+        with self._lock:
+            if self._is_closed or self._shelf is not None:
+                arena.close()
+                return
+            self._available = None
+            pool = SlotPool([arena.slot(i) for i in range(arena.slots)])
+            self._shelf = _Shelf(1, arena, pool)
+        log.info("took over %d slots of %d bytes", arena.slots, arena.slot_bytes)
+        arena.prefault(lambda: self._is_closed)
+
     def lay_out(self, cut: Cut) -> None:
         """Build the destinations of a cut in all slots ahead of the first capture."""
         with self._lock:
@@ -154,6 +169,14 @@ class Snapshots:
             if shelf is not None and shelf.arena.slot_bytes >= cut.packed.slot_bytes:
                 for index in range(shelf.arena.slots):
                     self._destination(shelf, shelf.arena.slot(index), cut)
+
+    def has_room(self) -> bool:
+        """Tell whether `capture` would find a slot now: one is free, or none were reserved yet.
+
+        A state that grew gets larger slots, but not while all that there are hold snapshots.
+        """
+        with self._lock:
+            return self._shelf is None or self._shelf.pool.free_count > 0
 
     def capture(
         self,

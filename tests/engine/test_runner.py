@@ -457,7 +457,7 @@ def test_memory_is_released_when_the_trainer_is_gone_and_trimmed_when_there_is_n
     bench.wait_for(say.Report)
     assert trainer.memory.trims >= 1
     assert trainer.memory.closes == 0
-    bench.runner.post(ev.Gone(1, is_dead=True))
+    bench.say(1, say.Goodbye())
     bench.say(9, say.Ask())
     bench.wait_for(say.Report, 9)
     assert trainer.memory.closes == 1

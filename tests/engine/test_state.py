@@ -6,6 +6,7 @@ import pytest
 from ckptd.engine import events as ev
 from ckptd.engine.jobs import Job
 from ckptd.engine.lifetime import TRIM_S
+from ckptd.engine.memory import KEEP_S
 from ckptd.engine.steps import GIVE_UP_S
 from ckptd.model.keys import StepId
 from ckptd.pipeline.commit import Verdict
@@ -189,11 +190,12 @@ def test_d6_a_snapshot_of_a_dead_trainer_is_finished_and_committed(bench: Bench)
     effects = bench.on(ev.Gone(1, is_dead=True))
     assert not of(ev.Release, effects), "its memory is still being read"
     effects = bench.store(10, 1)
-    assert of(ev.Release, effects)
+    assert not of(ev.Release, effects), "its memory is kept for who comes after it"
     assert of(ev.PutRank, effects)
     assert of(ev.Try, bench.put(10, 1))
     bench.judge(10)
     assert bench.engine.tally.committed == 1
+    assert of(ev.Release, bench.tick(KEEP_S))
 
 
 def test_memory_is_not_released_while_it_is_read_even_after_the_verdict(bench: Bench) -> None:
@@ -202,7 +204,7 @@ def test_memory_is_not_released_while_it_is_read_even_after_the_verdict(bench: B
     bench.say(1, handoff(10, 1))
     bench.say(2, say.Forfeit(10, 1, "failed", "x"))
     bench.judge(10, FAILED)
-    bench.on(ev.Gone(1, is_dead=True))
+    bench.say(1, say.Goodbye())
     assert not of(ev.Release, bench.effects)
     effects = bench.store(10, 1)
     assert of(ev.Release, effects)

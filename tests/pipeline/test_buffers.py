@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from ckptd.errors import ConfigError
 from ckptd.pipeline.buffers import BufferPool
+from ckptd.pipeline.lanes import GiveWay
+from tests.fakes.jobs import wait_until
 
 PAGE = mmap.PAGESIZE
 
@@ -141,3 +143,70 @@ def test_many_threads_share_one_budget() -> None:
         assert not thread.is_alive()
     assert len(most) == 300
     assert max(most) <= 6 * PAGE
+
+
+def test_an_urgent_borrower_is_lent_what_comes_back_first() -> None:
+    pool = BufferPool(PAGE)
+    order: list[str] = []
+
+    def borrow(name: str, is_urgent: bool) -> None:
+        with pool.borrow(PAGE, is_urgent=is_urgent):
+            order.append(name)
+
+    threads = [threading.Thread(target=borrow, args=(f"later {n}", False)) for n in range(3)]
+    threads.append(threading.Thread(target=borrow, args=("urgent", True)))
+    with pool.borrow(PAGE):
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: pool._urgent == 1, "the urgent one waits")
+    for thread in threads:
+        thread.join(20)
+    assert order[0] == "urgent"
+    assert len(order) == 4
+
+
+def test_one_that_is_not_urgent_takes_no_room_that_an_urgent_one_waits_for() -> None:
+    pool = BufferPool(4 * PAGE)
+    got = threading.Event()
+
+    def urgent() -> None:
+        with pool.borrow(3 * PAGE, is_urgent=True):
+            got.set()
+
+    def small() -> None:
+        with pool.borrow(PAGE):
+            assert got.is_set()
+
+    with pool.borrow(2 * PAGE):
+        threads = [threading.Thread(target=urgent)]
+        threads[0].start()
+        wait_until(lambda: pool._urgent == 1, "the urgent one waits")
+        threads.append(threading.Thread(target=small))
+        threads[1].start()
+        assert not got.is_set()
+    for thread in threads:
+        thread.join(20)
+    assert got.is_set()
+    assert pool._lent_bytes == 0
+
+
+def test_one_that_gives_way_gets_nothing_also_where_there_is_room() -> None:
+    pool = BufferPool(PAGE)
+    with pytest.raises(GiveWay), pool.borrow(PAGE, gives_way=lambda: True):
+        pass
+    gave_way = threading.Event()
+    must = threading.Event()
+
+    def borrow() -> None:
+        with pytest.raises(GiveWay), pool.borrow(PAGE, gives_way=must.is_set):
+            pass
+        gave_way.set()
+
+    with pool.borrow(PAGE):
+        thread = threading.Thread(target=borrow)
+        thread.start()
+        must.set()
+        pool.wake()
+        assert gave_way.wait(20)
+    thread.join(20)
+    assert pool._lent_bytes == 0

@@ -87,3 +87,15 @@ def test_a_chunk_that_could_not_be_stored_took_its_time() -> None:
     rate = found.rates()[1]
     assert rate is not None
     assert abs(rate - MB / 2) < MB / 20
+
+
+def test_where_it_is_urgent_only_what_is_known_to_keep_up_is_coded() -> None:
+    found, clock = pace(1)
+    assert not found.is_worth_coding(is_urgent=True)
+    code(found, clock, 0.03)
+    assert not found.is_worth_coding(is_urgent=True), "nobody knows what the store takes"
+    store(found, clock, 0.1)
+    assert found.is_worth_coding(is_urgent=True)
+    for _ in range(8):
+        store(found, clock, 0.001)
+    assert not any(found.is_worth_coding(is_urgent=True) for _ in range(40)), "nothing is tried out"

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 
 import numpy as np
 import pytest
@@ -15,14 +16,17 @@ from ckptd.cores import usable_cores
 from ckptd.errors import SlotMovedError, StoreError, StoreFullError, StoreUnavailableError
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import MAX_CHUNK_BYTES, Chunk
+from ckptd.pipeline.pace import Pace
 from ckptd.pipeline.write import ChunkWriter, Source, default_workers
 from ckptd.store.local import LocalStore
 from ckptd.store.memory import MemoryStore
 from ckptd.store.root import create_root
+from tests.fakes.jobs import wait_until
 from tests.fakes.stores import FailingStore, Op, RecordingStore
 
 BIRTH = StepId(1, 10)
 MIB = 1 << 20
+WAIT_S = 20.0
 
 
 @pytest.fixture
@@ -322,3 +326,127 @@ def test_a_store_has_no_more_in_flight_than_it_is_worth(store: MemoryStore) -> N
     writer.write(Slow(), BIRTH, [source(noise(n, MIB // 4)) for n in range(12)], "none")
     writer.close()
     assert MIB <= most <= 3 * MIB
+
+
+# --- what is urgent ------------------------------------------------------------------------------
+
+
+class Gated(RecordingStore):
+    """Takes one chunk after the other, and the first only when it is let in."""
+
+    def __init__(self, *, budget_bytes: int) -> None:
+        super().__init__(MemoryStore())
+        self.traits = self.traits._replace(budget_bytes=budget_bytes)
+        self.is_at_first = threading.Event()
+        self.go = threading.Event()
+
+    def _before(self, op: Op) -> None:
+        super()._before(op)
+        if op.name == "put_deferred":
+            self.is_at_first.set()
+            assert self.go.wait(WAIT_S)
+
+    def steps(self) -> list[int]:
+        """Return of which step each chunk is, in the order in which they were stored."""
+        keys = [op.key for op in self.ops if op.name == "put_deferred"]
+        return [int(key.split("-")[1]) for key in keys]
+
+
+def write_behind(writer: ChunkWriter, store: Gated, until: Callable[[], bool]) -> list[int]:
+    """Write four chunks of step 10 and, while the store is at the first, two urgent of step 20."""
+
+    def write(step: int, count: int, is_urgent: bool) -> None:
+        sources = [source(noise(100 * step + n, MIB // 4)) for n in range(count)]
+        written[step] = writer.write(
+            store, StepId(1, step), sources, "none", is_urgent=is_urgent
+        )  # fmt: skip
+
+    written: dict[int, list[Chunk]] = {}
+    threads = [
+        threading.Thread(target=write, args=arguments)
+        for arguments in ((10, 4, False), (20, 2, True))
+    ]
+    threads[0].start()
+    assert store.is_at_first.wait(WAIT_S)
+    threads[1].start()
+    wait_until(until, "the urgent chunks wait")
+    store.go.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+    writer.close()
+    assert {step: len(chunks) for step, chunks in written.items()} == {10: 4, 20: 2}
+    return store.steps()
+
+
+def test_urgent_chunks_are_stored_before_those_that_wait_for_the_store() -> None:
+    writer = ChunkWriter(workers=1, puts=1)
+    store = Gated(budget_bytes=64 * MIB)
+    steps = write_behind(writer, store, lambda: len(writer._putters._waiting) == 5)
+    assert steps == [10, 20, 20, 10, 10, 10]
+
+
+def test_urgent_chunks_are_lent_buffers_before_those_that_wait_for_one() -> None:
+    """The only coder waits for a buffer in order to code a chunk of the other snapshot."""
+    writer = ChunkWriter(workers=1, puts=4)
+    store = Gated(budget_bytes=1)  # one chunk in flight
+    steps = write_behind(writer, store, lambda: writer.buffers._urgent == 1)
+    assert steps == [10, 20, 20, 10, 10, 10]
+
+
+@pytest.mark.parametrize("compression", ["auto", "zstd"])
+@pytest.mark.parametrize(
+    ("coding_s", "storing_s", "codec"),
+    [(None, None, RAW), (0.1, 0.001, RAW), (0.001, 0.1, PLANES32)],
+    ids=["unknown", "slower", "faster"],
+)
+def test_under_a_deadline_is_coded_only_what_is_known_to_keep_up_with_the_store(
+    store: MemoryStore, compression, coding_s: float | None, storing_s: float | None, codec: int
+) -> None:
+    writer = ChunkWriter(workers=1)
+    pace = writer._paces[store.url] = Pace(1, lambda: clock)
+    clock = 0.0
+    if coding_s is not None and storing_s is not None:
+        with pace.coding(MIB):
+            clock += coding_s
+        with pace.storing(MIB):
+            clock += storing_s
+    (chunk,) = writer.write(store, BIRTH, [source(noise(1, MIB))], compression, is_urgent=True)
+    writer.close()
+    assert codecs_of(store, chunk) == {codec}
+
+
+def test_n16_an_urgent_snapshot_is_raw_too_where_ranks_may_overwrite_each_other(
+    store: MemoryStore,
+) -> None:
+    store.has_conditional_put = False
+    writer = ChunkWriter(workers=1)
+    pace = writer._paces[store.url] = Pace(1, lambda: clock)
+    clock = 0.0
+    with pace.storing(MIB):
+        clock += 1.0
+    with pace.coding(MIB):
+        clock += 0.001
+    (chunk,) = writer.write(store, BIRTH, [source(noise(1, MIB))], "zstd", is_urgent=True)
+    writer.close()
+    assert codecs_of(store, chunk) == {RAW}
+
+
+def test_closing_lets_go_of_a_snapshot_that_waits_behind_another() -> None:
+    writer = ChunkWriter(workers=1, puts=1)
+    store = Gated(budget_bytes=64 * MIB)
+    raised: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            writer.write(store, BIRTH, [source(noise(n, MIB // 4)) for n in range(4)], "none")
+        except BaseException as error:  # noqa: BLE001 - whatever comes
+            raised.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert store.is_at_first.wait(WAIT_S)
+    wait_until(lambda: len(writer._putters._waiting) == 3, "three chunks wait")
+    writer.close(wait=False)
+    store.go.set()
+    thread.join(WAIT_S)
+    assert [type(error) for error in raised] == [CancelledError]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import json
 import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class Rank:
         self.state: dict[str, Any] = {}
         self.handles: dict[int, ckptd.Handle] = {}
         self.checkpointer: ckptd.Checkpointer | None = None
+        self.source: str | None = None
 
     def join(self) -> None:
         """Meet the other ranks, as RANK, WORLD_SIZE and MASTER_PORT say."""
@@ -109,12 +112,27 @@ class Rank:
             raise
         return self.handles[step].pause_s
 
+    def walk(self, *, beacon: str, **settings: Any) -> int:
+        """Train until told to stop; return the last step. After a few, make the file `beacon`."""
+        done = 0
+        for step in self._ckpt.steps(itertools.count(1), self.state, **settings):
+            self.train()
+            done = step
+            if step == 3:
+                Path(beacon).touch()
+        return done
+
     def result(self, *, step: int, timeout_s: float = 60.0) -> int:
         return self.handles[step].result(timeout_s).step
 
     def resume(self, **settings: Any) -> dict[str, Any] | None:
         resumed = self._ckpt.resume(self.state, **settings)
+        self.source = None if resumed is None else resumed.source
         return None if resumed is None else {"step": resumed.step, "attempt": resumed.attempt}
+
+    def whence(self) -> str | None:
+        """Return where the last `resume` found what it filled in."""
+        return self.source
 
     def checkpoints(self) -> list[int]:
         return [found.step for found in self._ckpt.checkpoints()]

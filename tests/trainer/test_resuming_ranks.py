@@ -185,7 +185,7 @@ def check_fill(monkeypatch: pytest.MonkeyPatch, *, bad_rank: int, bad_step: int 
 
     def broken(self: Any) -> None:
         fill(self)
-        if self._request.rank == bad_rank and self._manifest.step == bad_step:
+        if self._request.rank == bad_rank and self._records.manifest.step == bad_step:
             raise CorruptError("a flipped bit", key="chunks/ab")
 
     monkeypatch.setattr(resuming_module.Filling, "fill", broken)

@@ -1,0 +1,139 @@
+"""What trainers that are gone left in memory, for those that come after them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ckptd.engine.clients import Client, JobKey, let_go
+from ckptd.engine.events import Effect, Lend, Send, ShowHeld
+from ckptd.wire import messages as say
+
+KEEP_S = 600.0
+
+
+class Memory:
+    """Arenas of clients that left without a final goodbye, each with its newest snapshots.
+
+    An arena is kept until a newer attempt has a checkpoint, until somebody else has it, or for `keep_s`.
+    It is ceded only once the process that wrote in it is dead: two writers would mix their bytes.
+
+    Args:
+        clients: of the engine, those that are gone too.
+        keep_s: 0 keeps nothing.
+        daemon: a name that tells this daemon from every other.
+    """
+
+    def __init__(self, clients: dict[int, Client], keep_s: float, daemon: str) -> None:
+        self._clients = clients
+        self._keep_s = keep_s
+        self._daemon = daemon
+
+    @property
+    def kept(self) -> list[Client]:
+        """The clients whose arenas are kept."""
+        return [client for client in self._clients.values() if client.kept_until is not None]
+
+    def keep(self, client: Client, now: float) -> None:
+        """Keep what a client leaves, if there is anything; what it had claimed is free again."""
+        for other in self.kept:
+            if other.claimant == client.number:
+                other.claimant = None
+        if self._keep_s > 0 and client.arena is not None and client.snapshots:
+            client.kept_until = now + self._keep_s
+
+    def inherit(self, heir: Client) -> Iterator[Effect]:
+        """Give a client the snapshots that lie in the arena that it has just announced."""
+        for former in self.kept:
+            if former is not heir and heir.identity and former.identity == heir.identity:
+                heir.snapshots = dict(former.snapshots)
+                yield from self._drop(former)
+
+    def show(self, client: Client) -> Iterator[Effect]:
+        """Answer `Seek`."""
+        found = []
+        for owner in self.kept:
+            if owner.arena is None or owner.hello.root != client.hello.root:
+                continue
+            for slot, snapshot in sorted(owner.snapshots.items()):
+                hello, handoff = snapshot.hello, snapshot.handoff
+                row = say.HeldSnapshot(
+                    hello.attempt, hello.token, handoff.step, handoff.sequence, hello.rank,
+                    hello.world_size, owner.number, slot, handoff.generation,
+                )  # fmt: skip
+                found.append((owner.arena.arena, row))
+        yield ShowHeld(client.number, self._daemon, tuple(found))
+
+    def lend(self, client: Client, wish: say.Borrow) -> Iterator[Effect]:
+        """Answer `Borrow`."""
+        owner = self._clients.get(wish.arena)
+        snapshot = owner.snapshots.get(wish.slot) if owner else None
+        if (
+            owner is None or owner.kept_until is None or owner.arena is None or snapshot is None
+            or owner.hello.root != client.hello.root
+            or snapshot.handoff.generation != wish.generation
+        ):  # fmt: skip
+            yield Send(client.number, say.Lent(wish.arena))
+            return
+        arena = owner.arena
+        message = say.Lent(
+            wish.arena, arena.slots, arena.slot_bytes, snapshot.handoff, snapshot.recipe
+        )  # fmt: skip
+        yield Lend(client.number, message, (owner.number, arena.arena))
+
+    def forget_before(self, job: JobKey) -> Iterator[Effect]:
+        """Drop what earlier attempts left: this one has a checkpoint."""
+        root, attempt = job
+        for owner in self.kept:
+            newest = max((s.hello.attempt for s in owner.snapshots.values()), default=0)
+            if owner.hello.root == root and newest < attempt and owner.claimant is None:
+                yield from self._drop(owner)
+
+    def next_due(self) -> float | None:
+        """Return when `due` may have something without any event."""
+        return min((c.kept_until for c in self.kept if c.kept_until is not None), default=None)
+
+    def due(self, now: float) -> Iterator[Effect]:
+        """Drop what was kept for long enough, and answer claims that can be answered now."""
+        for owner in self.kept:
+            if owner.kept_until is not None and now >= owner.kept_until:
+                yield from self._drop(owner)
+        for client in list(self._clients.values()):
+            if client.is_here and client.claim is not None:
+                yield from self._cede(client, client.claim)
+
+    def _cede(self, client: Client, claim: say.Claim) -> Iterator[Effect]:
+        left = [
+            owner for owner in self.kept
+            if owner.hello.root == client.hello.root and owner.claimant is None and owner.is_dead
+        ]  # fmt: skip
+        fitting = [owner for owner in left if owner.has_room(claim)]
+        free = [owner for owner in fitting if not owner.reading]
+        if fitting and not free:
+            return  # its snapshot is still being stored: soon
+        client.claim = None
+        if free:
+            chosen = min(free, key=lambda owner: _preference(owner, client))
+            assert chosen.arena is not None
+            chosen.claimant = client.number
+            arena = chosen.arena
+            yield Lend(
+                client.number, say.Ceded(arena.slots, arena.slot_bytes),
+                (chosen.number, arena.arena),
+            )  # fmt: skip
+            return
+        # The client makes an arena of its own: one for one, so that memory does not grow.
+        older = [o for o in left if o.hello.attempt < client.hello.attempt and not o.reading]
+        if older:
+            yield from self._drop(min(older, key=lambda owner: _preference(owner, client)))
+        yield Send(client.number, say.Ceded())
+
+    def _drop(self, owner: Client) -> Iterator[Effect]:
+        owner.kept_until = None
+        owner.snapshots = {}
+        yield from let_go(self._clients, owner)
+
+
+def _preference(owner: Client, client: Client) -> tuple[bool, int, int]:
+    """The arena of the same rank first: its node's memory is near. Then the smallest one."""
+    assert owner.arena is not None
+    return (owner.hello.rank != client.hello.rank, owner.arena.slot_bytes, owner.number)
