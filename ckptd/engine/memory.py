@@ -33,19 +33,33 @@ class Memory:
         """The clients whose arenas are kept."""
         return [client for client in self._clients.values() if client.kept_until is not None]
 
-    def keep(self, client: Client, now: float) -> None:
-        """Keep what a client leaves, if there is anything; what it had claimed is free again."""
+    def keep(self, client: Client, now: float) -> Iterator[Effect]:
+        """Keep what a client leaves, if there is anything; what it had claimed is free again.
+
+        Of each rank of a root one arena is kept at most, however often a job dies.
+        """
         for other in self.kept:
             if other.claimant == client.number:
                 other.claimant = None
-        if self._keep_s > 0 and client.arena is not None and client.snapshots:
-            client.kept_until = now + self._keep_s
+        if self._keep_s <= 0 or client.arena is None or not client.snapshots:
+            return
+        client.kept_until = now + self._keep_s
+        for other in self.kept:
+            is_former = other is not client and other.claimant is None
+            mine, theirs = client.hello, other.hello
+            if is_former and (theirs.root, theirs.rank) == (mine.root, mine.rank):
+                yield from self._drop(other)
 
     def inherit(self, heir: Client) -> Iterator[Effect]:
-        """Give a client the snapshots that lie in the arena that it has just announced."""
+        """Give a client the snapshots that lie in the arena that it has just announced.
+
+        What it had claimed and does not use is let go.
+        """
         for former in self.kept:
             if former is not heir and heir.identity and former.identity == heir.identity:
                 heir.snapshots = dict(former.snapshots)
+                yield from self._drop(former)
+            elif former.claimant == heir.number:
                 yield from self._drop(former)
 
     def show(self, client: Client) -> Iterator[Effect]:
@@ -85,7 +99,7 @@ class Memory:
         root, attempt = job
         for owner in self.kept:
             newest = max((s.hello.attempt for s in owner.snapshots.values()), default=0)
-            if owner.hello.root == root and newest < attempt and owner.claimant is None:
+            if owner.hello.root == root and newest < attempt:
                 yield from self._drop(owner)
 
     def next_due(self) -> float | None:
@@ -134,6 +148,6 @@ class Memory:
 
 
 def _preference(owner: Client, client: Client) -> tuple[bool, int, int]:
-    """The arena of the same rank first: its node's memory is near. Then the smallest one."""
+    """The arena of the same rank first: it is as large as is needed. Then the largest."""
     assert owner.arena is not None
-    return (owner.hello.rank != client.hello.rank, owner.arena.slot_bytes, owner.number)
+    return (owner.hello.rank != client.hello.rank, -owner.arena.slot_bytes, owner.number)

@@ -213,7 +213,7 @@ class Engine:
         client.claim = None
         if not is_final:
             self.lifetime.vanished()
-            self.memory.keep(client, now)
+            yield from self.memory.keep(client, now)
             if client.job in self.jobs:
                 self.jobs[client.job].note_vanished(client.hello.rank, client.number)
         yield from let_go(self.clients, client)

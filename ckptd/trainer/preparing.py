@@ -11,6 +11,7 @@ import numpy as np
 from ckptd.errors import CkptdError
 from ckptd.model.tensor import Layout
 from ckptd.plan.split import whole_share
+from ckptd.shm.arena import round_up
 from ckptd.trainer.agreement import Agreement
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.layouts import fingerprints, predicted_layout
@@ -54,6 +55,8 @@ class Preparation:
             known = dict(zip(names, fingerprints(flat.leaves), strict=True))
         rows = [known.get(held.tensor.fqn, 0) for held in layout.held]
         self._agreement.prepare(layout, np.array(rows, "<u8").tobytes())
+        if self._link is not None:
+            self._snapshots.expect()
         self._thread = threading.Thread(
             target=self._reserve, args=(layout,), name="ckptd-prepare", daemon=True
         )
@@ -66,12 +69,12 @@ class Preparation:
             self._thread = None
 
     def _reserve(self, layout: Layout) -> None:
+        self._take_over()
         self._agreement.wait_planned(self._options.plan_timeout_s)
         agreed = self._agreement.planned(layout)
         plan, share = (agreed.plan, agreed.share) if agreed else (None, whole_share(layout))
         try:
             cut = self._snapshots.cut(layout, plan, share)
-            self._take_over(cut.packed.slot_bytes)
             self._snapshots.reserve(
                 cut.packed.slot_bytes, is_faulted=True, is_pinned=cut.is_on_cuda
             )
@@ -79,12 +82,13 @@ class Preparation:
         except CkptdError as error:
             log.error("slots could not be reserved ahead: %s", error)  # noqa: TRY400 - save raises it
 
-    def _take_over(self, slot_bytes: int) -> None:
-        """Ask the daemon for an arena of a dead trainer, once; training goes on meanwhile."""
+    def _take_over(self) -> None:
+        """Ask the daemon for the arena of a dead trainer, once. How large it must be shows later."""
         link, self._link = self._link, None
-        if link is None:
-            return
-        slots = self._options.slots if isinstance(self._options.slots, int) else 1
-        arena = claim(link, slots, slot_bytes, self._options.settle_timeout_s)
-        if arena is not None:
-            self._snapshots.take_over(arena)
+        if link is not None:
+            slots = self._options.slots if isinstance(self._options.slots, int) else 1
+            arena = None
+            try:
+                arena = claim(link, slots, round_up(1), self._options.busy_timeout_s)
+            finally:
+                self._snapshots.take_over(arena)

@@ -104,6 +104,8 @@ class Snapshots:
         self._retired: list[_Shelf] = []
         self._lock = threading.RLock()  # guards _shelf, its destinations, _retired and _cuts
         self._is_closed = False
+        self._is_settled = threading.Event()  # no arena is awaited from the daemon
+        self._is_settled.set()
 
     def cut(self, layout: Layout, plan: str | None, share: Share) -> Cut:
         """Return what to write under this layout and plan; made once, then remembered."""
@@ -147,11 +149,24 @@ class Snapshots:
             if is_pinned and shelf is self._shelf:  # neither closed nor retired meanwhile
                 shelf.pin()
 
-    def take_over(self, arena: Arena) -> None:
-        """Use an arena that a dead trainer left; it is closed if there is one already.
+    def expect(self) -> None:
+        """Let the first capture wait for `take_over`: an arena beside it would double the memory."""
+        self._is_settled.clear()
+
+    def take_over(self, arena: Arena | None) -> None:
+        """Use an arena that a dead trainer left; None if there is none.
 
         What lies in its slots is overwritten oldest first, as if this process had written it.
         """
+        try:
+            if arena is not None:
+                self._adopt(arena)
+        finally:
+            self._is_settled.set()
+        if arena is not None:
+            arena.prefault(lambda: self._is_closed)
+
+    def _adopt(self, arena: Arena) -> None:
         with self._lock:
             if self._is_closed or self._shelf is not None:
                 arena.close()
@@ -160,7 +175,6 @@ class Snapshots:
             pool = SlotPool([arena.slot(i) for i in range(arena.slots)])
             self._shelf = _Shelf(1, arena, pool)
         log.info("took over %d slots of %d bytes", arena.slots, arena.slot_bytes)
-        arena.prefault(lambda: self._is_closed)
 
     def lay_out(self, cut: Cut) -> None:
         """Build the destinations of a cut in all slots ahead of the first capture."""
@@ -196,6 +210,8 @@ class Snapshots:
         Raises:
             ConfigError: there is no memory for the slots.
         """
+        if not self._is_settled.wait(timeout_s):
+            return None
         self.reserve(cut.packed.slot_bytes, is_pinned=cut.is_on_cuda)
         shelf = self._shelf
         assert shelf is not None

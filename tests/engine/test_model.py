@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -31,6 +32,8 @@ class Save:
     step: int
     sequence: int
     is_forfeit: bool
+    is_urgent: bool = False
+    previous: str | None = None
     is_written: bool = False
     word: say.Finished | None = None
 
@@ -114,16 +117,27 @@ class World(RuleBasedStateMachine):
             part.step.id.step, part.rank, part.sequence
         )  # fmt: skip
         if part.rank == 0:
-            before = [s for s in self.trainers[0].saves if s.sequence < part.sequence]
-            known = [s for s in before if StepKey(ROOT, StepId(1, s.step)) in self.open_keys()]
-            assert not known, "rank 0 names the checkpoint before: it must be decided"
-            committed = [s.step for s in before if self.steps[s.step].terminal == "committed"]
-            told = [s for s in committed if StepId(1, s) in self.job().closed]
-            expected = str(StepId(1, max(told))) if told else None
-            assert record.previous == expected or record.previous in {
-                str(StepId(1, s)) for s in committed if not told or s > max(told)
-            }
+            self.check_previous(part, record.previous)
         self.putting[part] = effect
+
+    def check_previous(self, part: PartKey, previous: str | None) -> None:
+        """Rank 0 names the checkpoint before: the newest, as far as that can be known."""
+        saves = self.trainers[0].saves
+        save = saves[part.sequence - 1]
+        before = [s for s in saves if s.sequence < part.sequence]
+        if not save.is_urgent:
+            known = [s for s in before if StepKey(ROOT, StepId(1, s.step)) in self.open_keys()]
+            assert not known, "it must be decided"
+        committed = [s.step for s in before if self.steps[s.step].terminal == "committed"]
+        told = [s for s in committed if StepId(1, s) in self.job().closed]
+        expected = str(StepId(1, max(told))) if told else None
+        newest = self.job().newest
+        if newest is not None and newest > part.step.id:  # an urgent one came in between
+            assert previous == save.previous, "what was known when it was captured"
+            return
+        assert previous == expected or previous in {
+            str(StepId(1, s)) for s in committed if not told or s > max(told)
+        }
 
     def check_send(self, effect: ev.Send) -> None:
         message = effect.message
@@ -157,7 +171,7 @@ class World(RuleBasedStateMachine):
             assert not self.storing
         else:
             assert is_late
-        if self.stop_at is None:
+        if not is_late:
             assert not any(t.client for t in self.trainers), "somebody is here"
         self.exit = effect
 
@@ -206,10 +220,11 @@ class World(RuleBasedStateMachine):
         elif save.is_written:
             message = say.Watch(save.step, save.sequence, None)
         else:
-            plain = handoff(save.step, save.sequence, slot=save.sequence % 2)
-            message = say.Handoff(
-                **{f: getattr(plain, f) for f in plain.__struct_fields__} | {"arena": trainer.arena}
+            plain = handoff(
+                save.step, save.sequence, slot=save.sequence % 2, previous=save.previous
             )
+            deadline_s = 25.0 if save.is_urgent else None
+            message = msgspec.structs.replace(plain, arena=trainer.arena, deadline_s=deadline_s)
         self.feed(ev.Said(trainer.client, message))
 
     @precondition(lambda self: self.exit is None)
@@ -246,13 +261,17 @@ class World(RuleBasedStateMachine):
             self.feed(ev.Said(client, say.Goodbye()))
 
     @precondition(lambda self: self.exit is None)
-    @rule(rank=st.integers(0, 2), is_forfeit=st.booleans())
-    def save(self, rank: int, is_forfeit: bool) -> None:
+    @rule(rank=st.integers(0, 2), is_forfeit=st.booleans(), is_urgent=st.booleans())
+    def save(self, rank: int, is_forfeit: bool, is_urgent: bool) -> None:
         trainer = self.pick(rank)
         if trainer.is_dead or trainer.is_gone:
             return
         sequence = len(trainer.saves) + 1
-        save = Save(10 * sequence, sequence, is_forfeit and sequence % 3 == 0)
+        known = [s.step for s in trainer.saves if s.word and s.word.state == "committed"]
+        save = Save(
+            10 * sequence, sequence, is_forfeit and sequence % 3 == 0, is_urgent,
+            str(StepId(1, max(known))) if known else None,
+        )  # fmt: skip
         trainer.saves.append(save)
         self.steps.setdefault(save.step, StoredStep())
         if trainer.is_local:
@@ -307,6 +326,16 @@ class World(RuleBasedStateMachine):
             self.feed(ev.Judged(key, verdict))
         else:
             self.feed(ev.Undecided(key, "no answer"))
+
+    @precondition(lambda self: self.exit is None and self.storing)
+    @rule()
+    def overtake(self) -> None:
+        """What was handed off last goes all the way, if it may."""
+        self.answer_store(-1, is_good=True)
+        if self.putting:
+            self.answer_put(-1, is_there=True, is_good=True)
+        if self.judging:
+            self.answer_judge(-1, "good")
 
     def verdict_on(self, effect: ev.Try | ev.Poll | ev.End) -> Verdict:
         """Do what the pipeline does with this effect, and answer as it does."""

@@ -125,6 +125,9 @@ class Rank:
     def result(self, *, step: int, timeout_s: float = 60.0) -> int:
         return self.handles[step].result(timeout_s).step
 
+    def status(self, *, step: int) -> str:
+        return self.handles[step].status
+
     def resume(self, **settings: Any) -> dict[str, Any] | None:
         resumed = self._ckpt.resume(self.state, **settings)
         self.source = None if resumed is None else resumed.source
