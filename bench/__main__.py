@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import codec, cost, limits, plots, ranks, report, reshard, train
+from bench import codec, cost, limits, plots, preempted, ranks, report, reshard, restart, train
 from bench.engines import choose
 from bench.peers import version_of
 from bench.stats import Spread, parse_size
@@ -35,7 +35,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "what", nargs="?", default="all", choices=["all", *PARTS, "limits"],
         help="train: the engines in one training loop; reshard: saved by 4 ranks, loaded by 2; "
-        "codec: beside other codecs; cost: how costs grow; ranks: 1,024 simulated ranks",
+        "codec: beside other codecs; cost: how costs grow; ranks: 1,024 simulated ranks; "
+        "preempted: what asking costs a step; restart: workers killed, resumed from memory",
     )  # fmt: skip
     parser.add_argument("--size", type=parse_size, help="bytes of the state (500M; --quick: 64M)")
     parser.add_argument("--rounds", type=int, help="processes, each with a first save (2; 1)")
@@ -152,12 +153,29 @@ def measure_ranks(run: Run, found: dict[str, Any]) -> None:
     ranks.show(run.console, found["ranks"])
 
 
+def measure_preempted(run: Run, found: dict[str, Any]) -> None:
+    """What `preempted()` costs."""
+    calls = 100_000 if run.options.quick else 1_000_000
+    found["preempted"] = preempted.measure(calls, run.tick)
+    preempted.show(run.console, found["preempted"])
+
+
+def measure_restart(run: Run, found: dict[str, Any]) -> None:
+    """Restarts from memory."""
+    settings = run.settings
+    rows = restart.measure(settings.size_bytes, settings.rounds, run.options.out, run.tick)
+    found["restart"] = rows
+    restart.show(run.console, rows)
+
+
 PARTS: dict[str, tuple[Callable[[Run], int], Callable[[Run, dict[str, Any]], None]]] = {
     "train": (train_ticks, measure_train),
     "reshard": (lambda _: 2, measure_reshard),
     "codec": (lambda _: 7, measure_codec),
     "cost": (lambda run: 4 if run.options.quick else 8, measure_cost),
     "ranks": (lambda _: 2, measure_ranks),
+    "preempted": (lambda _: 2, measure_preempted),
+    "restart": (lambda run: 3 * run.settings.rounds, measure_restart),
 }
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "show": "Show what a checkpoint holds: tensors and values.",
     "daemon": "Run the node daemon in the foreground.",
     "status": "Show the daemons of this user on this machine.",
+    "preempt": "Tell the jobs of this user on this machine to save and stop.",
     "verify": "Check that checkpoints are whole; with --data, re-read and re-hash every byte.",
 }
 

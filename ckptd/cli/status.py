@@ -28,7 +28,7 @@ def command(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the daemons of this user on this machine: their jobs, what is open, what failed last."""
-    paths = [socket] if socket else _sockets()
+    paths = [socket] if socket else sockets()
     found, silent = _ask_all(paths)
     if json:
         print_json({"daemons": found, "silent": silent})
@@ -43,7 +43,8 @@ def command(
         )
 
 
-def _sockets() -> list[str]:
+def sockets() -> list[str]:
+    """Return where daemons of this user may listen on this machine."""
     return sorted(glob.glob(os.path.join(runtime_directory(os.environ), "*.sock")))
 
 

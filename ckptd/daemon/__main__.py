@@ -11,6 +11,7 @@ import os
 import sys
 
 from ckptd.config import daemon_config
+from ckptd.daemon.notify import forget_manager
 from ckptd.daemon.process import main, set_up_log
 from ckptd.errors import CkptdError
 
@@ -21,6 +22,7 @@ def start(socket: str) -> int:
     This process lets go of all that it inherited but its standard streams.
     """
     _let_go()
+    forget_manager(os.environ)  # it is the trainer's, if there is one
     try:
         config = daemon_config(os.environ, socket=socket, is_on_demand=True)
     except CkptdError as error:

@@ -7,12 +7,14 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, MutableMapping
 from types import FrameType
 
 from ckptd import failpoints
 from ckptd.config import DaemonConfig
+from ckptd.daemon.keeping import Keeping, TakenBack
 from ckptd.daemon.metrics import serve_metrics
+from ckptd.daemon.notify import Notifier, take_fds
 from ckptd.daemon.priority import step_back
 from ckptd.daemon.server import Server
 from ckptd.engine import events as ev
@@ -28,13 +30,18 @@ EXIT_CRASHED = 1
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
-def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
+def run_daemon(
+    config: DaemonConfig, env: MutableMapping[str, str], *, is_detached: bool = False
+) -> int:
     """Serve on `config.socket` until told or no longer needed; return the exit code.
 
-    To be called on a process's main thread: it takes SIGTERM and SIGINT (drain; a second one ends
-    the process at once) and ignores SIGHUP, which the whole group gets when a terminal closes.
+    To be called on a process's main thread: it takes SIGTERM and SIGINT and ignores SIGHUP, which
+    the whole group gets when a terminal closes. The first signal lets it drain: clients that are
+    connected are served on, since they were told too and their last snapshot is yet to come, until
+    they have left and all is written, for `drain_s` at most. A second one ends the process at once.
     With `is_detached` the calling process returns 0 once a child of it listens, and the child
-    serves.
+    serves. A service manager that `env` names is told, and keeps the memory of clients; what tells of
+    its descriptors is taken out of `env`.
 
     Raises:
         AlreadyServingError: another daemon serves there.
@@ -55,16 +62,20 @@ def run_daemon(config: DaemonConfig, env: Mapping[str, str], *, is_detached: boo
     if is_detached and os.fork() != 0:
         os._exit(0)
     try:
-        return _serve(config, listener)
+        return _serve(config, listener, env)
     finally:
         unlisten(config.socket, listener)
 
 
-def _serve(config: DaemonConfig, listener: Listener) -> int:
+def _serve(config: DaemonConfig, listener: Listener, env: MutableMapping[str, str]) -> int:
     step_back(config.nice)
     engine = Engine(linger_s=config.linger_s, trim_s=config.trim_s)
     server = Server(listener.socket, {os.geteuid(), 0})
-    runner = Runner(engine, server.outlet, workers=config.workers)
+    manager = Notifier(env.get("NOTIFY_SOCKET", ""))
+    keeping = Keeping(manager) if manager.is_there else None
+    runner = Runner(engine, server.outlet, workers=config.workers, keeper=keeping)
+    if keeping is not None:
+        _take_back(keeping.take_back(take_fds(env)), runner, server)
     codes: list[int] = []
 
     def run() -> None:
@@ -80,17 +91,27 @@ def _serve(config: DaemonConfig, listener: Listener) -> int:
         if engine.is_draining:
             os._exit(128 + signal.SIGTERM)  # asked twice: at once; a commit is one atomic put
         runner.post(ev.StopAsked(time.monotonic() + config.drain_s))
+        manager.stopping()
 
     thread = threading.Thread(target=run, name="ckptd-engine", daemon=True)
     _take_signals(on_signal, server.wake_fd())
     with serve_metrics(config.metrics_address, engine):
         thread.start()
         log.info("serving on %s, pid %d", config.socket, os.getpid())
+        manager.ready()
         server.serve(runner)
         thread.join(timeout=5.0)
     code = codes[0] if codes else EXIT_CRASHED
     log.info("exit %d", code)
     return code
+
+
+def _take_back(taken: Iterable[TakenBack], runner: Runner, server: Server) -> None:
+    """Give the engine what a former daemon left, before any client comes."""
+    for back in taken:
+        runner.give_arena(back.event.client, back.event.message.arena, back.arena)
+        runner.post(back.event)
+        server.follow(back.event.client, back.pidfd)
 
 
 def _take_signals(handler: Callable[[int, FrameType | None], None], wake_fd: int) -> None:
@@ -116,7 +137,7 @@ def set_up_log(level: str) -> None:
     logging.getLogger("ckptd").setLevel(least)
 
 
-def main(config: DaemonConfig, env: Mapping[str, str], *, is_detached: bool = False) -> int:
+def main(config: DaemonConfig, env: MutableMapping[str, str], *, is_detached: bool = False) -> int:
     """Run a daemon as a process of its own; return its exit code, errors told in the log.
 
     Where work is left the process ends here, since a worker may hang in the store and the end of

@@ -66,6 +66,7 @@ class Server:
         self._peers: dict[int, _Peer] = {}
         # Peers whose connection ended, while their process still lived when last looked.
         self._unreaped: dict[int, _Peer] = {}
+        self._followed: dict[int, int] = {}  # the pidfds of processes without a connection
         self._next = 1
         self._orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._wake_in, self._wake_out = os.pipe()
@@ -92,6 +93,18 @@ class Server:
         self._is_stopped = True
         self.wake()
 
+    def follow(self, number: int, pidfd: int | None) -> None:
+        """Tell of the death of a process that a former daemon knew; owns its `pidfd`.
+
+        No connection will get its number. To be called before `serve`.
+        """
+        self._next = max(self._next, number + 1)
+        if pidfd is not None:
+            self._followed[number] = pidfd
+            self._selector.register(
+                pidfd, selectors.EVENT_READ, lambda: self._followed_died(number)
+            )  # fmt: skip
+
     def serve(self, runner: Runner) -> None:
         """Carry messages until `stop`, then close every connection."""
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
@@ -109,6 +122,8 @@ class Server:
                 self._hang_up(peer)
             for peer in list(self._unreaped.values()):
                 self._reap(peer)
+            for pidfd in self._followed.values():
+                os.close(pidfd)
             self._door.close()
             self._selector.close()
             if threading.current_thread() is threading.main_thread():  # only there it can be set
@@ -201,7 +216,7 @@ class Server:
         elif isinstance(message, say.Goodbye):
             peer.is_member = message.keeps  # its memory is ceded once the process is dead
         # The channel decodes nothing but the union of what a trainer may say.
-        self._runner.post(ev.Said(peer.number, cast("say.FromTrainer", message)))
+        self._runner.post(ev.Said(peer.number, cast("say.FromTrainer", message), peer.pid))
 
     def _lend(self, client: int, message: say.FromDaemon, fd: int) -> None:
         try:
@@ -217,7 +232,7 @@ class Server:
             peer.channel.accept_large_frames()
         try:
             peer.channel.queue(message, fds)
-        except ProtocolError as error:
+        except (ProtocolError, OSError) as error:  # it reads nothing, or no descriptor is left
             log.warning("client %d (pid %d): %s", peer.number, peer.pid, error)
             self._lost(peer)
             return
@@ -284,6 +299,12 @@ class Server:
         if peer.number in self._unreaped:
             self._reap(peer)
             self._runner.post(ev.Gone(peer.number, is_dead=True))
+
+    def _followed_died(self, number: int) -> None:
+        pidfd = self._followed.pop(number)
+        self._selector.unregister(pidfd)
+        os.close(pidfd)
+        self._runner.post(ev.Gone(number, is_dead=True))
 
     def _forget(self, pid: int) -> None:
         """Watch no more connections that a process had before: it has a new one."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ckptd.engine.events import PartKey, Release
+from ckptd.engine.keeper import Snapshot
 from ckptd.errors import ProtocolError
 from ckptd.model.keys import MAX_ATTEMPT, MAX_RANK
 from ckptd.wire import messages as say
@@ -14,14 +14,6 @@ from ckptd.wire import messages as say
 MAX_TIMEOUT_S = 1e7
 
 JobKey = tuple[str, int]
-
-
-class Snapshot(NamedTuple):
-    """A snapshot that was handed off, and by whom."""
-
-    hello: say.Hello
-    handoff: say.Handoff
-    recipe: say.Recipe
 
 
 @dataclass
@@ -36,6 +28,8 @@ class Client:
         is_dead: its process has ended.
         claim: the arena that it wishes to have.
         claimant: the client that its arena was given to, until that announces it.
+        last: the number of the newest connection of its process.
+        pid: its process; 0 where that is not known.
     """
 
     number: int
@@ -49,14 +43,26 @@ class Client:
     kept_until: float | None = None
     is_dead: bool = False
     claim: say.Claim | None = None
-    claimant: int | None = None
+    claimant: Client | None = None
+    last: int = 0
+    pid: int = 0
     is_here: bool = True
     is_settling: bool = False
+
+    def __post_init__(self) -> None:
+        self.last = self.number
 
     @property
     def job(self) -> JobKey:
         """Root and attempt."""
         return (self.hello.root, self.hello.attempt)
+
+    def is_same_rank(self, other: Client) -> bool:
+        """Tell whether another connection is, or was, of the same process: an attempt has one a rank."""
+        mine, theirs = self.hello, other.hello
+        return (mine.root, mine.attempt, mine.token, mine.rank) == (
+            theirs.root, theirs.attempt, theirs.token, theirs.rank,
+        )  # fmt: skip
 
     def add_recipe(self, recipe: say.Recipe) -> None:
         """Remember a recipe; the oldest is forgotten."""
@@ -66,10 +72,17 @@ class Client:
 
     def give_arena(self, arena: say.Arena, identity: int) -> None:
         """Take an arena in place of the one before."""
-        if identity != self.identity or not identity:
+        if not self.lies_in(arena, identity):
             self.snapshots = {}
         self.arena, self.identity = arena, identity
         self.arenas.add(arena.arena)
+
+    def lies_in(self, arena: say.Arena | None, identity: int) -> bool:
+        """Tell whether an arena is the very slots of this client's."""
+        mine = self.arena
+        if mine is None or arena is None or not identity or identity != self.identity:
+            return False
+        return (mine.slots, mine.slot_bytes) == (arena.slots, arena.slot_bytes)
 
     def has_room(self, claim: say.Claim) -> bool:
         """Tell whether its arena is as large as somebody wishes."""

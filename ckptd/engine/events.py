@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ckptd.engine.keeper import Snapshot
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Chunk, Outcome, RankManifest
 from ckptd.pipeline.commit import Verdict
@@ -42,10 +43,14 @@ class PartKey(NamedTuple):
 
 
 class Said(NamedTuple):
-    """A client sent a message. An arena's descriptor was mapped before."""
+    """A client sent a message. An arena's descriptor was mapped before.
+
+    `pid` is the process at its end, 0 where that is not known.
+    """
 
     client: int
     message: FromTrainer
+    pid: int = 0
 
 
 class Mapped(NamedTuple):
@@ -54,6 +59,20 @@ class Mapped(NamedTuple):
     client: int
     message: Arena
     identity: int
+
+
+class Restored(NamedTuple):
+    """A former daemon had an arena, which was mapped; these of its snapshots are still in it.
+
+    No connection has or gets the number `client`. `is_dead`: the process that wrote there has ended;
+    if that is not so, `Gone` tells of its end, where it can be seen.
+    """
+
+    client: int
+    message: Arena
+    identity: int
+    snapshots: dict[int, Snapshot]
+    is_dead: bool
 
 
 class Gone(NamedTuple):
@@ -119,7 +138,7 @@ class StopAsked(NamedTuple):
 
 
 Event = (
-    Said | Mapped | Gone | Opened | ChunksStored | RankPut | PartFailed | Judged | Undecided | Tick | StopAsked
+    Said | Mapped | Restored | Gone | Opened | ChunksStored | RankPut | PartFailed | Judged | Undecided | Tick | StopAsked
 )  # fmt: skip
 
 
@@ -227,6 +246,26 @@ class End(NamedTuple):
     outcomes: tuple[Outcome, ...]
 
 
+class KeepArena(NamedTuple):
+    """Make an arena outlive this process, where there is a way.
+
+    `pid` is the process that writes there from now on, 0 where that is not known.
+    """
+
+    client: int
+    message: Arena
+    pid: int
+
+
+class Keep(NamedTuple):
+    """Make what describes the snapshot in a slot outlive this process too."""
+
+    client: int
+    arena: int
+    slot: int
+    snapshot: Snapshot
+
+
 class Release(NamedTuple):
     """Unmap an arena of a client: nothing in it is needed any more."""
 
@@ -245,5 +284,6 @@ class Exit(NamedTuple):
 
 
 Effect = (
-    Send | ShowHeld | Lend | Drop | Open | Store | PutRank | Try | Poll | End | Release | Idle | Exit
+    Send | ShowHeld | Lend | Drop | Open | Store | PutRank | Try | Poll | End | KeepArena | Keep
+    | Release | Idle | Exit
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptd.engine.clients import Client, JobKey, let_go
-from ckptd.engine.events import Effect, Lend, Send, ShowHeld
+from ckptd.engine.events import Effect, KeepArena, Lend, Restored, Send, ShowHeld
 from ckptd.wire import messages as say
 
 KEEP_S = 600.0
@@ -33,22 +33,60 @@ class Memory:
         """The clients whose arenas are kept."""
         return [client for client in self._clients.values() if client.kept_until is not None]
 
+    def came(self, client: Client) -> None:
+        """Note a new connection: the process of that rank may have had others before."""
+        for owner in self.kept:
+            if owner.is_same_rank(client):
+                owner.last = client.number
+            if owner.claimant is not None and owner.claimant.is_same_rank(client):
+                owner.claimant = client
+
+    def died(self, number: int) -> None:
+        """Note that the process behind a connection has ended; what it had claimed is free again.
+
+        Not before: it may have begun to write there, whatever became of its connection.
+        """
+        for owner in self.kept:
+            owner.is_dead = owner.is_dead or owner.last == number
+            if owner.claimant is not None and owner.claimant.number == number:
+                owner.claimant = None
+
     def keep(self, client: Client, now: float) -> Iterator[Effect]:
-        """Keep what a client leaves, if there is anything; what it had claimed is free again.
+        """Keep what a client leaves, if there is anything.
 
         Of each rank of a root one arena is kept at most, however often a job dies.
         """
-        for other in self.kept:
-            if other.claimant == client.number:
-                other.claimant = None
         if self._keep_s <= 0 or client.arena is None or not client.snapshots:
             return
         client.kept_until = now + self._keep_s
-        for other in self.kept:
-            is_former = other is not client and other.claimant is None
-            mine, theirs = client.hello, other.hello
-            if is_former and (theirs.root, theirs.rank) == (mine.root, mine.rank):
-                yield from self._drop(other)
+        same = [
+            owner for owner in self.kept
+            if owner.claimant is None
+            and (owner.hello.root, owner.hello.rank) == (client.hello.root, client.hello.rank)
+        ]  # fmt: skip
+        newest = max(same, key=lambda owner: (owner.hello.attempt, owner is client))
+        for owner in same:  # who was paused may leave long after others that came later
+            if owner is not newest:
+                yield from self._drop(owner)
+
+    def restore(self, event: Restored, now: float) -> Iterator[Effect]:
+        """Keep what a former daemon had; a trainer that lives comes back for it."""
+        newest = max(event.snapshots.values(), key=lambda s: (s.hello.attempt, s.handoff.sequence))
+        client = Client(event.client, newest.hello, is_here=False, is_dead=event.is_dead)
+        client.give_arena(event.message, event.identity)
+        client.snapshots = dict(event.snapshots)
+        self._clients[client.number] = client
+        client.kept_until = now + self._keep_s
+        if self._keep_s <= 0:
+            yield from self._drop(client)
+
+    def forget(self, client: Client) -> Iterator[Effect]:
+        """Keep nothing of a client that said goodbye for good, and nothing for it."""
+        for owner in self.kept:
+            if owner.claimant is client:
+                owner.claimant = None
+            if owner.last == client.number:
+                yield from self._drop(owner)
 
     def inherit(self, heir: Client) -> Iterator[Effect]:
         """Give a client the snapshots that lie in the arena that it has just announced.
@@ -56,10 +94,10 @@ class Memory:
         What it had claimed and does not use is let go.
         """
         for former in self.kept:
-            if former is not heir and heir.identity and former.identity == heir.identity:
+            is_same = former.lies_in(heir.arena, heir.identity)
+            if is_same:
                 heir.snapshots = dict(former.snapshots)
-                yield from self._drop(former)
-            elif former.claimant == heir.number:
+            if is_same or former.claimant is heir:
                 yield from self._drop(former)
 
     def show(self, client: Client) -> Iterator[Effect]:
@@ -118,9 +156,12 @@ class Memory:
     def _cede(self, client: Client, claim: say.Claim) -> Iterator[Effect]:
         left = [
             owner for owner in self.kept
-            if owner.hello.root == client.hello.root and owner.claimant is None and owner.is_dead
+            if owner.hello.root == client.hello.root and owner.is_dead
+            # Its own claim, once more: the answer went down with a connection.
+            and (owner.claimant is None or owner.claimant is client)
         ]  # fmt: skip
-        fitting = [owner for owner in left if owner.has_room(claim)]
+        is_late = client.arena is not None  # it has made one meanwhile
+        fitting = [owner for owner in left if owner.has_room(claim) and not is_late]
         free = [owner for owner in fitting if not owner.reading]
         if fitting and not free:
             return  # its snapshot is still being stored: soon
@@ -128,8 +169,9 @@ class Memory:
         if free:
             chosen = min(free, key=lambda owner: _preference(owner, client))
             assert chosen.arena is not None
-            chosen.claimant = client.number
+            chosen.claimant = client
             arena = chosen.arena
+            yield KeepArena(chosen.number, arena, client.pid)
             yield Lend(
                 client.number, say.Ceded(arena.slots, arena.slot_bytes),
                 (chosen.number, arena.arena),

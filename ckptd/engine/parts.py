@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptd.engine import events as ev
-from ckptd.engine.clients import Client, JobKey, Snapshot, let_go
+from ckptd.engine.clients import Client, JobKey, let_go
 from ckptd.engine.events import Effect, PartKey
 from ckptd.engine.jobs import Job
+from ckptd.engine.keeper import Snapshot
 from ckptd.engine.replies import decode_values, finished, parse_id
 from ckptd.engine.steps import Closed, Part, Step
 from ckptd.engine.tally import Tally
@@ -38,7 +39,9 @@ class Parts:
         values = decode_values(handoff.values)
         job.hear_of(handoff.previous)
         parse_id(handoff.basis)
-        client.snapshots[handoff.slot] = Snapshot(client.hello, handoff, recipe)
+        snapshot = client.snapshots[handoff.slot] = Snapshot(client.hello, handoff, recipe)
+        # Before the word that lets the trainer die.
+        yield ev.Keep(client.number, handoff.arena, handoff.slot, snapshot)
         yield ev.Send(client.number, say.Taken(handoff.step, handoff.sequence))
         if step_id in job.closed:
             yield from self._late(client, handoff.sequence, job.closed[step_id])

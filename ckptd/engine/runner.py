@@ -13,18 +13,21 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from ckptd import failpoints
 from ckptd.engine import events as ev
+from ckptd.engine.arenas import Arenas, SlotSource
 from ckptd.engine.events import Effect, Event
+from ckptd.engine.keeper import Keeper, NoKeeper
 from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.engine.state import Engine
 from ckptd.errors import (
     CheckpointNotFoundError,
     CkptdError,
+    CorruptError,
     IncompleteError,
     ProtocolError,
     SlotMovedError,
@@ -45,38 +48,17 @@ from ckptd.pipeline.commit import (
 )
 from ckptd.pipeline.threads import submit
 from ckptd.pipeline.write import ChunkWriter, Source
-from ckptd.shm.slots import Slot
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.store.retry import retrying
 from ckptd.store.root import check_root, check_writer
-from ckptd.wire.messages import FromDaemon, Held, HeldSnapshot, Hello
+from ckptd.wire.messages import Ceded, FromDaemon, Hello, Lent
 
 log = logging.getLogger("ckptd.engine")
 
 # A part is tried again within its slot; after that the step is ended and everyone hears why.
 _retrying = partial(retrying, attempts=5, total_s=60.0, sleep=time.sleep, rng=random.Random())  # noqa: S311 - jitter
 T = TypeVar("T")
-
-
-class SlotSource(Protocol):
-    """Memory that holds slots, as the engine sees it."""
-
-    def slot(self, index: int) -> Slot:
-        """Return a slot."""
-
-    def fileno(self) -> int:
-        """Return its descriptor, which stays its own.
-
-        Raises:
-            ValueError: it has none.
-        """
-
-    def trim(self) -> None:
-        """Give back what was only kept for speed."""
-
-    def close(self) -> None:
-        """Let go of the memory."""
 
 
 def _ignore(_client: int) -> None:
@@ -106,12 +88,14 @@ class Runner:
     `post` and `give_arena` may be called from any thread; the rest belongs to the thread in `run`.
     """
 
-    def __init__(self, engine: Engine, outlet: Outlet, *, workers: int | None = None) -> None:
+    def __init__(
+        self, engine: Engine, outlet: Outlet, *, workers: int | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:  # fmt: skip
         self.engine = engine
         self._outlet = outlet
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._arenas: dict[tuple[int, int], SlotSource] = {}
-        self._arenas_lock = threading.Lock()  # guards _arenas
+        self._arenas = Arenas(keeper or NoKeeper())
         self._stores: dict[str, Store] = {}
         self._opened: dict[str, Store] = {}
         self._stores_lock = threading.Lock()  # guards _stores and _opened
@@ -127,9 +111,8 @@ class Runner:
         self._events.put(event)
 
     def give_arena(self, client: int, number: int, arena: SlotSource) -> None:
-        """Hand a mapped arena over; the engine's `Release` closes it."""
-        with self._arenas_lock:
-            self._arenas[client, number] = arena
+        """Hand a mapped arena over; the engine's `Release` closes it, or another of this number."""
+        self._arenas.give(client, number, arena)
 
     def run(self) -> int:
         """Run until the engine exits; return the exit code.
@@ -168,6 +151,8 @@ class Runner:
             self._outlet.drop(effect.client)
         elif isinstance(effect, (ev.ShowHeld, ev.Lend, ev.Release)):
             self._on_memory(effect)
+        elif isinstance(effect, (ev.KeepArena, ev.Keep)):
+            self._arenas.keep(effect)
         elif isinstance(effect, ev.Idle):
             self._idle()
         elif isinstance(effect, ev.Store):
@@ -224,11 +209,7 @@ class Runner:
 
     def _store_chunks(self, effect: ev.Store) -> list[Chunk]:
         failpoints.hit("handoff.taken")
-        with self._arenas_lock:
-            arena = self._arenas.get((effect.client, effect.arena))
-        if arena is None:
-            raise ProtocolError("a handoff before its arena")
-        slot = arena.slot(effect.slot)
+        slot = self._arenas.slot(effect.client, effect.arena, effect.slot)
 
         def check() -> None:
             if not slot.is_current(effect.generation):
@@ -280,7 +261,8 @@ class Runner:
             self.post(ev.Undecided(effect.step, str(error)))
         else:
             if verdict.state not in {"waiting", "committed"}:
-                log.error("not committed: %s", verdict.reason)
+                level = logging.WARNING if verdict.state == "skipped" else logging.ERROR
+                log.log(level, "not committed: %s", verdict.reason)
             elif verdict.state == "committed":
                 log.info("committed step %s of %s", effect.step.id.short, effect.step.root)
             self.post(ev.Judged(effect.step, verdict))
@@ -323,30 +305,19 @@ class Runner:
 
     def _on_memory(self, effect: ev.ShowHeld | ev.Lend | ev.Release) -> None:
         if isinstance(effect, ev.ShowHeld):
-            held = tuple(row for arena, row in effect.snapshots if self._is_held(arena, row))
-            self._outlet.send(effect.client, Held(effect.daemon, held))
-        elif isinstance(effect, ev.Lend):
-            with self._arenas_lock:
-                memory = self._arenas[effect.owner]
-            self._outlet.lend(effect.client, effect.message, os.dup(memory.fileno()))
+            self._outlet.send(effect.client, self._arenas.held(effect))
+        elif isinstance(effect, ev.Release):
+            self._arenas.release(effect.client, effect.arena)
+        elif (fd := self._arenas.share(*effect.owner)) is not None:
+            self._outlet.lend(effect.client, effect.message, fd)
         else:
-            with self._arenas_lock:
-                arena = self._arenas.pop((effect.client, effect.arena), None)
-            if arena is not None:
-                arena.close()
-
-    def _is_held(self, arena: int, row: HeldSnapshot) -> bool:
-        """Tell whether a snapshot was not overwritten since."""
-        with self._arenas_lock:
-            memory = self._arenas.get((row.arena, arena))
-        return memory is not None and memory.slot(row.slot).is_current(row.generation)
+            lent = effect.message
+            nothing = Lent(lent.arena) if isinstance(lent, Lent) else Ceded()
+            self._outlet.send(effect.client, nothing)
 
     def _idle(self) -> None:
         self._writer.buffers.trim()
-        with self._arenas_lock:
-            arenas = list(self._arenas.values())
-        for arena in arenas:
-            arena.trim()
+        self._arenas.trim()
 
     def _close(self, *, is_hurried: bool) -> None:
         failpoints.hit("engine.exit")
@@ -356,10 +327,7 @@ class Runner:
         self._writer.close(wait=not is_hurried)
         if is_hurried:
             return  # workers may still use the rest, which goes with the process
-        with self._arenas_lock:
-            for arena in self._arenas.values():
-                arena.close()
-            self._arenas.clear()
+        self._arenas.close()
         with self._stores_lock:
             for store in self._opened.values():
                 store.close()
@@ -373,9 +341,12 @@ def _tried(store: Store, operation: Callable[[], T]) -> T:
 def _based(store: Store, effect: ev.PutRank) -> RankManifest:
     """Name the step that the job took from memory as the one before, if it is committed by now."""
     record, basis = effect.record, effect.basis
-    if basis is None or read_verdict(store, basis, record.world_size).state != "committed":
-        return record
-    return msgspec.structs.replace(record, previous=str(basis))
+    try:
+        is_there = basis and read_verdict(store, basis, record.world_size).state == "committed"
+    except CorruptError as error:
+        log.warning("what the job took from memory cannot be read in the store: %s", error)
+        is_there = False
+    return msgspec.structs.replace(record, previous=str(basis)) if is_there else record
 
 
 def _check(record: RankManifest) -> None:

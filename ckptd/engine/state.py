@@ -62,6 +62,8 @@ class Engine:
                 yield from self._said(event, now)
             case ev.Mapped():
                 yield from self._mapped(event)
+            case ev.Restored():
+                yield from self.memory.restore(event, now)
             case ev.Gone():
                 yield from self._gone(event, now)
             case ev.Opened():
@@ -82,7 +84,7 @@ class Engine:
     def _said(self, event: ev.Said, now: float) -> Iterator[Effect]:
         message = event.message
         if isinstance(message, say.Hello):
-            yield from self._hello(event.client, message, now)
+            yield from self._hello(event, message, now)
             return
         if isinstance(message, say.Ask):
             yield ev.Send(event.client, say.Report(report(self, now)))
@@ -94,6 +96,8 @@ class Engine:
         if client is None:
             yield from refuse(event.client, "the first message must be a hello")
             return
+        if not client.is_here:
+            return  # what it had said before it was told to go
         try:
             yield from self._answers(client, message, now)
         except ProtocolError as error:
@@ -103,8 +107,12 @@ class Engine:
         client = self.clients.get(event.client)
         if client is None:
             yield from refuse(event.client, "the first message must be a hello")
+        if client is None or not client.is_here:
+            yield ev.Release(event.client, event.message.arena)
             return
         client.give_arena(event.message, event.identity)
+        # First, since others that had the same memory may let go of it now.
+        yield ev.KeepArena(client.number, event.message, client.pid)
         yield from let_go(self.clients, client)
         yield from self.memory.inherit(client)
 
@@ -143,7 +151,8 @@ class Engine:
 
     # --- clients -------------------------------------------------------------------------------
 
-    def _hello(self, number: int, hello: say.Hello, now: float) -> Iterator[Effect]:
+    def _hello(self, event: ev.Said, hello: say.Hello, now: float) -> Iterator[Effect]:
+        number = event.client
         problem = problem_with(hello)
         job = self.jobs.get((hello.root, hello.attempt))
         is_taken = job is not None and job.is_of_another(hello) and not self._replace(job)
@@ -167,8 +176,9 @@ class Engine:
             ):
                 yield ev.Drop(old.number)
                 yield from self._gone(ev.Gone(old.number, is_dead=False), now)
-        client = Client(number, hello)
+        client = Client(number, hello, pid=event.pid)
         self.clients[number] = client
+        self.memory.came(client)
         self.lifetime.came()
         yield ev.Open(number, hello)
 
@@ -200,18 +210,19 @@ class Engine:
     def _gone(self, event: ev.Gone, now: float, *, is_final: bool = False) -> Iterator[Effect]:
         """Note that a client left, or `is_final` that it said goodbye and will not come again."""
         client = self.clients.get(event.client)
-        if client is not None:
-            client.is_dead = client.is_dead or event.is_dead
-            if client.is_here:
-                yield from self._left(client, now, is_final=is_final)
+        if client is not None and client.is_here:
+            yield from self._left(client, now, is_final=is_final)
         if event.is_dead:
+            self.memory.died(event.client)
             for job in self.jobs.values():
                 job.note_dead(event.client)
 
     def _left(self, client: Client, now: float, *, is_final: bool) -> Iterator[Effect]:
         client.is_here = client.is_settling = False
         client.claim = None
-        if not is_final:
+        if is_final:
+            yield from self.memory.forget(client)
+        else:
             self.lifetime.vanished()
             yield from self.memory.keep(client, now)
             if client.job in self.jobs:
@@ -273,8 +284,9 @@ class Engine:
     def _due(self, now: float) -> Iterator[Effect]:
         for job in list(self.jobs.values()):
             ranks = {
-                c.hello.rank for c in self.clients.values() if c.job == (job.root, job.attempt)
-            }
+                c.hello.rank for c in self.clients.values()
+                if c.job == (job.root, job.attempt) and (c.is_here or c.reading)
+            }  # fmt: skip
             is_all_local = len(ranks) == job.world_size
             for step in list(job.steps.values()):
                 operation = step.next_operation(

@@ -95,8 +95,8 @@ class Step:
 
     @property
     def is_storing(self) -> bool:
-        """Tell whether some part is still on its way to the store."""
-        return any(part.state != "written" for part in self.parts.values())
+        """Tell whether some part is on its way to the store; a held one waits for another step."""
+        return any(part.state in ("storing", "putting") for part in self.parts.values())
 
     def note_save(self, rank: int, sequence: int) -> None:
         """Note under which sequence number a rank speaks of this step; two saves of it doom it."""

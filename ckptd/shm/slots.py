@@ -24,7 +24,7 @@ SLOT_HEADER_BYTES = 4096
 EMPTY, WRITING, WHOLE = 0, 1, 2
 
 _MAGIC = int.from_bytes(b"ckptdsl1", "little")
-_MAGIC_AT, _WORD_AT, _STEP_AT, _SEQUENCE_AT, _PAYLOAD_AT, _WORDS = 0, 1, 2, 3, 4, 5
+_MAGIC_AT, _WORD_AT, _STEP_AT, _SEQUENCE_AT, _PAYLOAD_AT, _TURN_AT, _WORDS = range(7)
 _STATE_BITS = 2
 _MASK = (1 << 64) - 1
 
@@ -34,6 +34,8 @@ _barrier = threading.Lock()  # guards nothing: see the module's text
 class Header(NamedTuple):
     """What a slot's header says; `state` is `EMPTY`, `WRITING` or `WHOLE`.
 
+    `turn` grows from slot to slot of an arena as they are written, whoever writes them:
+    sequence numbers begin anew with each attempt.
     Of a slot that the writer has moved on meanwhile, the fields may not belong together: compare
     `generation` and `state` with what was handed off, or ask `Slot.is_current` afterwards.
     """
@@ -43,6 +45,7 @@ class Header(NamedTuple):
     step: int
     sequence: int
     payload_bytes: int
+    turn: int = 0
 
 
 class Slot:
@@ -52,12 +55,14 @@ class Slot:
         index: its number in the arena.
         view: all its bytes, the header first: offsets in messages count from here.
         payload: the bytes after the header.
+        turn: what `begin` writes into the header, see there.
     """
 
     def __init__(self, index: int, view: memoryview) -> None:
         self.index = index
         self.view = view
         self.payload = view[SLOT_HEADER_BYTES:]
+        self.turn = 0
         self._words = view[: _WORDS * 8].cast("Q")
 
     def begin(self, step: int, sequence: int, payload_bytes: int | None = None) -> int:
@@ -74,6 +79,7 @@ class Slot:
         words[_STEP_AT] = step
         words[_SEQUENCE_AT] = sequence
         words[_PAYLOAD_AT] = len(self.payload) if payload_bytes is None else payload_bytes
+        words[_TURN_AT] = self.turn
         return generation
 
     def finish(self) -> None:
@@ -108,11 +114,12 @@ class Slot:
         Raises:
             ProtocolError: if there is something else in its place.
         """
-        word, step, sequence, payload_bytes = self._words[_WORD_AT:_WORDS].tolist()
+        word, step, sequence, payload_bytes, turn = self._words[_WORD_AT:_WORDS].tolist()
         magic = self._words[_MAGIC_AT]
         if magic not in (0, _MAGIC):
             raise ProtocolError(f"slot {self.index} has no header of ckptd's")
-        return Header(word >> _STATE_BITS, word % (1 << _STATE_BITS), step, sequence, payload_bytes)
+        state = word % (1 << _STATE_BITS)
+        return Header(word >> _STATE_BITS, state, step, sequence, payload_bytes, turn)
 
 
 class SlotPool:
@@ -125,8 +132,9 @@ class SlotPool:
     def __init__(self, slots: list[Slot]) -> None:
         self._changed = threading.Condition()  # guards _free, _taken_at and _turn
         self._free = {slot.index: slot for slot in slots}
-        self._taken_at = {slot.index: slot.read_header().sequence for slot in slots}
-        self._turn = max(self._taken_at.values(), default=0)
+        headers = {slot.index: slot.read_header() for slot in slots}
+        self._taken_at = {i: (header.turn, header.sequence) for i, header in headers.items()}
+        self._turn = max((header.turn for header in headers.values()), default=0)
 
     def acquire(self, timeout_s: float) -> Slot | None:
         """Wait for a free slot and take it; None if there was none in time. 0 tries once."""
@@ -159,7 +167,8 @@ class SlotPool:
     def _take(self) -> Slot:
         slot = min(self._free.values(), key=lambda s: (s.is_whole, self._taken_at[s.index]))
         self._turn += 1
-        self._taken_at[slot.index] = self._turn
+        slot.turn = self._turn
+        self._taken_at[slot.index] = (self._turn, 0)
         return self._free.pop(slot.index)
 
 

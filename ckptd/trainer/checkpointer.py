@@ -32,8 +32,9 @@ from ckptd.trainer.options import Options
 from ckptd.trainer.ports import hello_of, is_daemon_there, open_port
 from ckptd.trainer.preempting import Preemption, Sources
 from ckptd.trainer.preparing import Preparation
+from ckptd.trainer.proposals import Root
 from ckptd.trainer.recall import Recall
-from ckptd.trainer.resuming import Resuming, Root
+from ckptd.trainer.resuming import Resuming
 from ckptd.trainer.saving import Saving
 from ckptd.trainer.snapshots import Snapshots
 from ckptd.trainer.stepping import Metrics, Stepping
@@ -59,7 +60,7 @@ class Checkpointer:
             job saves: ``wait`` waits for one, up to `busy_timeout_s`, and then raises
             `SlotsBusyError`; ``skip`` waits for nothing and leaves the save out, on all ranks alike,
             where rank 0 has no slot. Then the handle has a `SaveSkippedError`, and nothing raises it
-            but the handle. A save with ``wait=True`` is never left out so.
+            but the handle. A save with ``wait=True`` or a deadline waits for a slot all the same.
         busy_timeout_s: the longest that a save may wait for a slot, and with ``skip`` on other ranks
             than 0 for rank 0's word and a slot together; also how long a snapshot may wait for a
             daemon.
@@ -122,6 +123,7 @@ class Checkpointer:
             partial(open_port, self.options), hello_of(self.options, self._meeting, self.attempt),
             # An engine in this process is there; only a daemon may have to be found.
             give_up_s=busy_timeout_s if daemon is not False else commit_timeout_s,
+            on_stop=self._preemption.notify,
         )  # fmt: skip
         self._preparation = Preparation(self.options, self._agreement, self._snapshots)
         root = Root(self.options.url, self.options.storage_options, may_commit=True)
@@ -130,8 +132,8 @@ class Checkpointer:
         self._saving = Saving(
             self.options, self._agreement, self._snapshots, self._link, decisions, self._load
         )
-        self._state: Mapping[str, object] | None = None  # what `steps` saves
-        self._has_to_stop = False
+        self._state: Mapping[str, object] | None = None  # what `steps` saves, and after which step
+        self._resumed_step: int | None = None
         self._is_closed = False
         atexit.register(self._at_exit)
 
@@ -165,7 +167,7 @@ class Checkpointer:
                 that ranks which hear of a failure at different steps stay in step.
         """
         self._check_usable()
-        limit_s = self._preemption.grace_left_s() if self._has_to_stop else None
+        limit_s = self._preemption.grace_left_s() if self._preemption.is_stopping else None
         limit_s = limit_s if deadline_s is None else deadline_s
         deadline = None if limit_s is None else Deadline(limit_s)
         handle = self._saving.save(
@@ -244,6 +246,7 @@ class Checkpointer:
         resumed = self._resuming.run(request, step, share_reads=share_reads, recall=recall)
         self._saving.resumed_from = self._resuming.line
         self._saving.basis = self._resuming.basis
+        self._resumed_step = None if resumed is None else resumed.step
         if recall.sighting.rows:
             self._preparation.heir_of(self._link)
         try:
@@ -261,10 +264,9 @@ class Checkpointer:
         `stop_signals` over, until `close`: make one before the first step compiles for minutes. A
         warning to one rank is one to all: a signal, the file ``$CKPTD_STOP_FILE``, `ckptd preempt`,
         `notify_preemption`. It is remembered, whatever the job does at that moment. Without one a
-        call costs well under a microsecond; after one it may wait some seconds for the other ranks.
+        call costs about a microsecond; after one it may wait some seconds for the other ranks.
         """
-        self._has_to_stop = self._preemption.ask()
-        return self._has_to_stop
+        return self._preemption.ask()
 
     def notify_preemption(self, reason: str = "notify_preemption was called") -> None:
         """Let all ranks stop, as a signal does. For any thread, and where no signal is heard."""
@@ -296,8 +298,7 @@ class Checkpointer:
             raise ConfigError("steps() needs a state: give it, or call resume() with it before")
         stepping = Stepping(self._preemption, partial(self.save, state=held), every, metrics)
         self._preemption.begin()
-        resumed = self._saving.resumed_from
-        return stepping.walk(steps, None if resumed is None else resumed.step)
+        return stepping.walk(steps, self._resumed_step)
 
     # --- the rest ------------------------------------------------------------------------------
 

@@ -203,10 +203,12 @@ class Link:
         deadline = time.monotonic() + WELCOME_TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0:
             self._select(port, left)
-            for message in port.receive():
-                if isinstance(message, say.Welcome):
-                    return
-                self._heard(message)
+            messages = port.receive()
+            for message in messages:  # a word to stop may come right behind the welcome
+                if not isinstance(message, say.Welcome):
+                    self._heard(message)
+            if any(isinstance(message, say.Welcome) for message in messages):
+                return
         raise DaemonUnavailableError("the daemon did not answer the hello; is it stopped?")
 
     def _send_waiting(self, port: Port) -> None:
@@ -296,7 +298,7 @@ class Link:
     # --- endings -------------------------------------------------------------------------------
 
     def _resolve(self, pending: Pending, error: CkptdError | None) -> None:
-        if error is not None:
+        if error is not None and not pending.handle.is_done:  # a skip was told already
             log.error("not committed: %s", error)
         pending.let_go()
         pending.handle.resolve(error)

@@ -28,7 +28,7 @@ _POLL_S = 0.5
 _LOST_POLL_S = 30.0
 _OVERTIME_S = 1.0
 _FIRST_DELAY_S, _LAST_DELAY_S = 0.02, 0.5
-_REQUESTS_PER_S = 1000  # what all ranks together may ask of the job's store
+_REQUEST_RATE = 1000  # per second: what all ranks together may ask of the server of the board
 
 _NOTICE, _CALLS = "preempted", "preempted/calls"
 
@@ -139,6 +139,11 @@ class Preemption:
         heard = self._heard
         return None if heard is None else heard.at
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the call of `ask` at which all stop was made."""
+        return self._stopping.answer() is True
+
     def notify(self, reason: str) -> None:
         """Give notice to all ranks; before `begin` it is remembered, and counts from then on.
 
@@ -146,6 +151,8 @@ class Preemption:
         """
         if self._heard is None:
             self._heard = Notice(reason, time.monotonic())
+            # Here already, so that calls come to an end even if the thread hangs in the board.
+            self._stopping.end_quiet()
             self._wakes.put(None)
 
     # --- the decision ----------------------------------------------------------------------------
@@ -166,7 +173,7 @@ class Preemption:
             )
             if self._stopping.target is None and self._is_over:
                 return self._heard is not None
-        self._stop_alone("the job's store does not answer")
+        self._stop_alone("the job's store or the stop file's disk does not answer")
         return self._stopping.answer() is True
 
     def _stop_alone(self, why: str) -> None:
@@ -291,4 +298,4 @@ class Preemption:
 
     def _no_faster_than(self, delay_s: float) -> float:
         """Return a pause after which all ranks together do not ask too much of one server."""
-        return max(delay_s, self._meeting.world_size / _REQUESTS_PER_S)
+        return max(delay_s, self._meeting.world_size / _REQUEST_RATE)

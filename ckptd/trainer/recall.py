@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 import msgspec
 
 from ckptd.errors import HandoffError
-from ckptd.model.keys import StepId
+from ckptd.model.keys import MAX_STEP, StepId
 from ckptd.shm.arena import Arena
 from ckptd.trainer.link import Link
 from ckptd.trainer.questions import Answer
@@ -62,7 +62,7 @@ def held_steps(
     groups: dict[tuple[int, int, str, int, int], dict[int, HeldPart]] = {}
     for sighting in sightings:
         for row in sighting.rows:
-            if row.attempt < attempt and row.rank < row.world_size:
+            if row.attempt < attempt and row.rank < row.world_size and row.step <= MAX_STEP:
                 key = (row.attempt, row.step, row.token, row.sequence, row.world_size)
                 part = HeldPart(sighting.daemon, row.arena, row.slot, row.generation)
                 groups.setdefault(key, {}).setdefault(row.rank, part)

@@ -167,6 +167,9 @@ class Recalled:
             return
         handoff, recipe, arena = lent
         try:
+            said = (handoff.step, handoff.sequence, handoff.slot, handoff.generation)
+            if said != (self.id.step, self._step.sequence, part.slot, part.generation):
+                raise ProtocolError("another snapshot than the one that was seen")  # noqa: TRY301
             slot = arena.slot(handoff.slot)
             local = _Local(arena, slot, recipe.chunks, handoff.generation)
             _check_chunks(local)
@@ -179,8 +182,8 @@ class Recalled:
                 author, handoff, recipe, decode_values(handoff.values), chunks, previous=None
             )
             record.check()
-        except (ValueError, IndexError, CkptdError) as error:
-            # Not raised here: the other ranks have to hear that this snapshot cannot be had.
+        except Exception as error:  # noqa: BLE001 - whatever was lent, the other ranks must not wait
+            # They have to hear that this snapshot cannot be had.
             log.warning("the snapshot of rank %d makes no sense: %s", rank, error)
             arena.close()
             return
@@ -199,7 +202,11 @@ class Recalled:
     def _tell(self, rank: int) -> None:
         meeting, topic = self._site.meeting, f"{self._site.topic}/{rank}"
         record = self._records.get(rank)
-        data = b"" if record is None else encode_record(record)
+        try:
+            data = b"" if record is None else encode_record(record)
+        except ValueError as error:
+            log.warning("the snapshot of rank %d makes no sense: %s", rank, error)
+            data = b""
         pieces = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
         for i, piece in reversed(list(enumerate(pieces))):
             meeting.announce(f"{topic}/{i}", msgspec.msgpack.encode(_Piece(len(pieces), piece)))
@@ -252,22 +259,33 @@ class Recalled:
         return json.dumps(found) if found else ""
 
     def pass_on(self, notes: Sequence[str], fetch: Fetch) -> None:
-        """Send what others lack and take what this rank does; all ranks call it with the same notes."""
+        """Send what others lack and take what this rank does; all ranks call it with the same notes.
+
+        Raises:
+            CorruptError: something was overwritten while it was sent. Only after all was exchanged: a
+                collective that one rank does not enter hangs the others.
+        """
         wanted = sorted({(row[0], row[1]) for note in notes if note for row in json.loads(note)})
         mine = {_parse(read.chunk.hash): read for read in fetch.reads}
         device = _device()
+        failure: Exception | None = None
         for rank, number in wanted:
             sender = self._sayer(rank)
             raw_bytes = self._records[rank].chunks[number].raw_bytes
             flat = torch.empty(raw_bytes, dtype=torch.uint8)
             if sender == self._site.meeting.rank:
-                local = self._local[rank]
-                flat.numpy()[:] = memoryview(_bytes_of(local, number))
-                self._check(local)
+                flat.numpy()[:] = memoryview(_bytes_of(self._local[rank], number))
             sent = flat.to(device)
             dist.broadcast(sent, sender)
-            if (rank, number) in mine and rank not in self._local:
-                deliver(mine[rank, number], sent.cpu().numpy(), fetch.sink, fetch.place)
+            try:
+                if sender == self._site.meeting.rank:
+                    self._check(self._local[rank])
+                elif (rank, number) in mine and rank not in self._local:
+                    deliver(mine[rank, number], sent.cpu().numpy(), fetch.sink, fetch.place)
+            except Exception as error:  # noqa: BLE001 - the others wait for the broadcasts to come
+                failure = failure or error
+        if failure is not None:
+            raise failure
 
     def _held_read(self, read: ChunkRead, rank: int, number: int) -> HeldRead:
         local = self._local[rank]

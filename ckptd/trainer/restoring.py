@@ -12,7 +12,8 @@ from ckptd.store.open import normalise_url
 from ckptd.trainer.filling import Request, Resumed
 from ckptd.trainer.flatten import check_state
 from ckptd.trainer.meeting import Meeting
-from ckptd.trainer.resuming import Resuming, Root
+from ckptd.trainer.proposals import Root
+from ckptd.trainer.resuming import Resuming
 from ckptd.trainer.terms import MapLocation, Rename, Terms
 
 

@@ -10,51 +10,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
 from ckptd import errors
-from ckptd.codec.records import decode_record
 from ckptd.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CkptdError,
     CorruptError,
     LayoutError,
-    ObjectNotFoundError,
     StoreError,
     TornRestoreError,
 )
-from ckptd.model import keys
 from ckptd.model.keys import StepId
-from ckptd.model.manifest import AttemptRecord
-from ckptd.pipeline.catalog import find, line, list_commits
-from ckptd.pipeline.recover import commit_whole_steps
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.trainer.filling import Filling, Request, Resumed
 from ckptd.trainer.meeting import Meeting
-from ckptd.trainer.recall import HeldStep, Recall, Sighting, held_steps
-from ckptd.trainer.recalled import Site, is_spread_out, may_travel
+from ckptd.trainer.proposals import Looking, Proposal, Root, next_proposal
+from ckptd.trainer.recall import Recall, Sighting
+from ckptd.trainer.recalled import Site
 from ckptd.trainer.sources import MemorySource, Source, StoreSource
 
 log = logging.getLogger("ckptd.trainer")
-
-
-class _Proposal(msgspec.Struct):
-    """What rank 0 proposes next: a checkpoint, or a step in memory with the newest checkpoint `before`.
-
-    Both are None when nothing is left, or when it failed to look. `settles` says that the daemons are
-    to finish first what they write.
-    """
-
-    id: str | None = None
-    held: HeldStep | None = None
-    before: str | None = None
-    settles: bool = False
-    kind: str = ""
-    reason: str = ""
 
 
 class _Report(msgspec.Struct):
@@ -65,17 +45,6 @@ class _Report(msgspec.Struct):
     reason: str = ""
     fqn: str = ""
     note: str = ""
-
-
-class Root(NamedTuple):
-    """Where to look.
-
-    `may_commit`: steps that lack only their manifest are given it first.
-    """
-
-    url: str
-    storage_options: dict[str, object]
-    may_commit: bool
 
 
 class Resuming:
@@ -124,9 +93,9 @@ class Resuming:
         self, store: Store, request: Request, step: int | None, recall: Recall | None
     ) -> Resumed | None:
         sightings = self._sightings(recall)
-        looking = _Looking(self._root, self._meeting.world_size, step, sightings)
+        looking = Looking(self._root, self._meeting.world_size, step, sightings)
         has_memory = step is None and any(sighting.rows for sighting in sightings)
-        proposals: Iterator[_Proposal] = iter(())
+        proposals: Iterator[Proposal] = iter(())
         if self._meeting.rank == 0:
             proposals = looking.proposals(store, has_memory=has_memory, recall=recall)
         if not has_memory:
@@ -173,7 +142,7 @@ class Resuming:
     def _source(
         self,
         store: Store,
-        proposal: _Proposal,
+        proposal: Proposal,
         sightings: Sequence[Sighting],
         recall: Recall | None,
         turn: int,
@@ -200,7 +169,7 @@ class Resuming:
                 problem = self._change(f"{turn}/finish", filling.finish)
         return filling, problem
 
-    def _note_line(self, proposal: _Proposal, id_: StepId) -> None:
+    def _note_line(self, proposal: Proposal, id_: StepId) -> None:
         self.line, self.basis = id_, None
         if proposal.held is not None and not proposal.held.is_committed:
             self.line = StepId.parse(proposal.before) if proposal.before is not None else None
@@ -238,14 +207,14 @@ class Resuming:
                 f"the process again. {error}"
             ) from error
 
-    def _agree_on(self, proposals: Iterator[_Proposal], turn: int) -> _Proposal:
+    def _agree_on(self, proposals: Iterator[Proposal], turn: int) -> Proposal:
         topic = f"resume/{self._runs}/{turn}"
         if self._meeting.rank == 0:
-            proposal = _next_of(proposals)
+            proposal = next_proposal(proposals)
             self._meeting.announce(topic, msgspec.json.encode(proposal))
         else:
             answer = self._meeting.hear(topic, self._timeout_s)
-            proposal = msgspec.json.decode(answer, type=_Proposal)
+            proposal = msgspec.json.decode(answer, type=Proposal)
         if proposal.kind:
             raise _error(proposal.kind, f"rank 0 could not look: {proposal.reason}")
         return proposal
@@ -275,60 +244,6 @@ class Resuming:
                 raise _error(other.kind, f"rank {rank}: {other.reason}", other.fqn)
         damaged = [f"rank {r}: {o.reason}" for r, o in enumerate(reports) if o.state == "damaged"]
         return "; ".join(damaged) or None
-
-
-class _Looking(NamedTuple):
-    """Rank 0's look at what there is; `step` as in `Checkpointer.resume`."""
-
-    root: Root
-    world_size: int
-    step: int | None
-    sightings: Sequence[Sighting]
-
-    def proposals(
-        self, store: Store, *, has_memory: bool, recall: Recall | None
-    ) -> Iterator[_Proposal]:
-        """Yield what to try: held steps, then the newest of the line, then back; or just `step`."""
-        if has_memory and recall is not None:
-            commits = [commit.id for commit in list_commits(store)]
-            newest = str(max(commits)) if commits else None
-            if not is_spread_out(self.sightings) or may_travel(self.world_size):
-                for held in held_steps(self.sightings, recall.attempt, commits):
-                    if _is_of_root(store, held):
-                        yield _Proposal(held=held, before=newest)
-            yield _Proposal(settles=True)
-        if self.root.may_commit:
-            commit_whole_steps(store)
-        if self.step is not None:
-            # Be it damaged, that is for `check` to say; whoever names a step wants that one.
-            yield _Proposal(id=str(find(store, self.step).id))
-            return
-        has_any = False
-        for manifest in line(store):
-            has_any = True
-            yield _Proposal(id=str(manifest.id))
-        if not has_any and list_commits(store):
-            raise CorruptError("there are checkpoints but no manifest can be read", key=store.url)
-
-
-def _is_of_root(store: Store, held: HeldStep) -> bool:
-    """Tell whether an attempt is one of this root's, not of one that had the same name before."""
-    key = keys.attempt(StepId.parse(held.id).attempt)
-    try:
-        record = decode_record(store.get(key, max_bytes=1 << 16), AttemptRecord, key=key)
-    except (ObjectNotFoundError, CorruptError):
-        return False
-    return record.token == held.token
-
-
-def _next_of(proposals: Iterator[_Proposal]) -> _Proposal:
-    try:
-        return next(proposals, _Proposal())
-    except CkptdError as error:
-        return _Proposal(kind=type(error).__name__, reason=str(error))
-    except Exception as error:
-        log.exception("looking for checkpoints failed")
-        return _Proposal(kind=CkptdError.__name__, reason=repr(error))
 
 
 def _none_left(damages: list[str], step: int | None, *, is_torn: bool) -> None:

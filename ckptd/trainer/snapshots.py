@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from ckptd.errors import ProtocolError
 from ckptd.model.columns import Columns
 from ckptd.model.tensor import Layout
 from ckptd.plan.pack import Packed, pack
@@ -68,11 +70,12 @@ class _Shelf:
     arena: Arena
     pool: SlotPool
     destinations: dict[tuple[int, int], Destination] = field(default_factory=dict)
-    is_pinned: bool = False
+    is_pinned: bool | None = None
 
     def pin(self) -> None:
-        """Page-lock the slots, for copies from a GPU."""
-        self.is_pinned = self.is_pinned or pin(self.arena.address, self.arena.bytes)
+        """Page-lock the slots, for copies from a GPU; what the driver refused it is not asked again."""
+        if self.is_pinned is None:
+            self.is_pinned = pin(self.arena.address, self.arena.bytes)
 
     def close(self) -> None:
         """Let go of the memory."""
@@ -131,7 +134,11 @@ class Snapshots:
         slot_bytes = max(slot_bytes, round_up(1))  # a state may have no tensors, only values
         with self._lock:
             self._tidy()
-            if self._is_closed or (self._shelf and self._shelf.arena.slot_bytes >= slot_bytes):
+            if self._is_closed:
+                return
+            if self._shelf and self._shelf.arena.slot_bytes >= slot_bytes:
+                if is_pinned:  # of an arena that was taken over nobody knew yet what it is for
+                    self._shelf.pin()
                 return
             number = self._shelf.number + 1 if self._shelf else 1
             available = self._available or available_bytes()
@@ -171,8 +178,13 @@ class Snapshots:
             if self._is_closed or self._shelf is not None:
                 arena.close()
                 return
+            try:
+                pool = SlotPool([arena.slot(i) for i in range(arena.slots)])
+            except ProtocolError as error:
+                log.warning("memory of a dead trainer cannot be used: %s", error)
+                arena.close()
+                return
             self._available = None
-            pool = SlotPool([arena.slot(i) for i in range(arena.slots)])
             self._shelf = _Shelf(1, arena, pool)
         log.info("took over %d slots of %d bytes", arena.slots, arena.slot_bytes)
 
@@ -187,10 +199,12 @@ class Snapshots:
     def has_room(self) -> bool:
         """Tell whether `capture` would find a slot now: one is free, or none were reserved yet.
 
+        None is found as long as `take_over` is expected.
         A state that grew gets larger slots, but not while all that there are hold snapshots.
         """
         with self._lock:
-            return self._shelf is None or self._shelf.pool.free_count > 0
+            is_free = self._shelf is None or self._shelf.pool.free_count > 0
+            return is_free and self._is_settled.is_set()
 
     def capture(
         self,
@@ -210,12 +224,13 @@ class Snapshots:
         Raises:
             ConfigError: there is no memory for the slots.
         """
+        end_s = time.monotonic() + timeout_s
         if not self._is_settled.wait(timeout_s):
             return None
         self.reserve(cut.packed.slot_bytes, is_pinned=cut.is_on_cuda)
         shelf = self._shelf
         assert shelf is not None
-        slot = shelf.pool.acquire(timeout_s)
+        slot = shelf.pool.acquire(max(0.0, end_s - time.monotonic()))
         if slot is None:
             return None
         try:

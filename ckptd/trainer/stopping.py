@@ -49,9 +49,13 @@ class Stopping:
         """Let calls be answered at once, from before somebody listens until `freeze`."""
         self.is_quiet = True
 
+    def end_quiet(self) -> None:
+        """Let no call be answered at once any more. For any thread and for signal handlers."""
+        self.is_quiet = False
+
     def freeze(self) -> int:
-        """Take notice; return the calls so far, for all ranks to know. May be repeated."""
-        self.is_quiet = False  # before the count is read; see above
+        """Take notice; return the calls so far, for all ranks to know."""
+        self.end_quiet()  # before the count is read; see above
         return self.calls
 
     def decide(self, counts: Iterable[int]) -> None:

@@ -20,6 +20,7 @@ from ckptd.wire.messages import Message
 
 MAX_PENDING_FDS = 2
 MAX_QUEUE_BYTES = 8 * MIB
+MAX_QUEUE_FDS = 16  # a trainer waits for one before it asks for another
 
 _READ_BYTES = 256 << 10
 # Room for just the descriptors that are allowed: of more, the kernel installs these and says
@@ -68,6 +69,7 @@ class Channel:
         self._max_queue_bytes = max_queue_bytes
         self._outgoing: deque[_Segment] = deque()
         self._queued_bytes = 0
+        self._room_bytes = max_queue_bytes
         self._is_cut = False  # a send stopped inside a frame: nothing may follow it
         self._partial_since_s: float | None = None
         self._pid = os.getpid()
@@ -184,12 +186,18 @@ class Channel:
         The descriptors stay the caller's: they are duplicated here.
 
         Raises:
-            ProtocolError: if more than `max_queue_bytes` would wait: the other end does not read,
-                and is to be dropped.
+            ProtocolError: if more than `max_queue_bytes` would wait, or `MAX_QUEUE_FDS` descriptors:
+                the other end does not read, and is to be dropped. One message may be larger if
+                nothing waits before it; what comes behind has that room beside it.
+            OSError: no descriptor is left to this process.
         """
         self._check_process()
         data = frames.encode(message)
-        if self._queued_bytes + len(data) > self._max_queue_bytes:
+        if not self._outgoing:
+            is_large = len(data) > self._max_queue_bytes
+            self._room_bytes = self._max_queue_bytes + (len(data) if is_large else 0)
+        waiting = sum(len(segment.fds) for segment in self._outgoing)
+        if self._queued_bytes + len(data) > self._room_bytes or waiting + len(fds) > MAX_QUEUE_FDS:
             raise ProtocolError(
                 f"the other end does not read: {format_bytes(self._queued_bytes)} wait for it"
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ckptd.errors import DaemonUnavailableError
 from ckptd.store.local import LocalStore
 from ckptd.store.root import create_root
 from ckptd.units import MIB
@@ -23,6 +24,10 @@ from tests.fakes.jobs import Place, Process, wait_until
 from tests.fakes.trainers import FakeTrainer, assert_all_whole, committed_steps
 
 pytestmark = pytest.mark.system
+
+# Where a save is interrupted: from the handoff to the word about the commit.
+POINTS = ("handoff.taken", "chunk.put", "chunks.sync", "rank.put", "rank.done", "commit.put",
+          "commit.done")  # fmt: skip
 
 
 def save(place: Place, name: str = "d", step: int = 10) -> FakeTrainer:
@@ -118,7 +123,60 @@ def test_p6_a_signal_lets_a_daemon_finish_and_exit_0(place: Place, number: signa
         daemon.send(number)
         daemon.send(signal.SIGCONT)
         assert trainer.outcome(10).state == "committed"
+        trainer.goodbye()
         assert daemon.wait() == 0
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_e1_a_signal_in_the_middle_of_a_save_and_its_commit_loses_nothing(
+    place: Place, point: str
+) -> None:
+    daemon = place.daemon(failpoints=f"{point}=stop")
+    store = place.store()
+    with FakeTrainer(daemon.socket, place.root) as trainer:
+        trainer.connect().save(10, 1)
+        wait_until(daemon.is_stopped, "the daemon stops there")
+        trainer.hang_up()  # all die together; what was handed off is finished all the same
+        daemon.send(signal.SIGTERM)
+        daemon.send(signal.SIGCONT)
+        assert daemon.wait() == 0
+    assert assert_all_whole(store) == [10]
+    store.close()
+    assert place.temporary_files() == []
+
+
+def test_p6_a_snapshot_that_comes_after_the_signal_is_committed_and_then_the_daemon_goes(
+    place: Place,
+) -> None:
+    """A whole job step gets the signal at once; trainers save when they have heard of it."""
+    daemon = place.daemon(CKPTD_DRAIN_S="600")
+    store = place.store()
+    with (
+        FakeTrainer(daemon.socket, place.root) as trainer,
+        FakeTrainer(daemon.socket, place.root, attempt=2) as stranger,
+    ):
+        trainer.connect().save(10, 1)
+        assert trainer.outcome(10).state == "committed"
+        daemon.send(signal.SIGTERM)
+        wait_until(lambda: trainer.report()["is_draining"], "the daemon drains")
+        with pytest.raises(DaemonUnavailableError):
+            stranger.connect()
+        assert "the daemon is stopping" in str(stranger.heard)
+        trainer.save(20, 2, slot=1)
+        assert trainer.outcome(20).state == "committed"
+        assert daemon.is_running
+        trainer.goodbye()
+        assert daemon.wait() == 0
+    assert assert_all_whole(store) == [10, 20]
+    store.close()
+
+
+def test_p6_a_daemon_does_not_wait_for_clients_beyond_its_deadline(place: Place) -> None:
+    daemon = place.daemon(CKPTD_DRAIN_S="0.3")
+    with save(place) as trainer:
+        daemon.send(signal.SIGTERM)
+        assert daemon.wait(20.0) == 0, "nothing was left"
+        assert trainer.outcome(20) is None, "the connection has ended"
 
 
 def test_e1_a_signal_while_a_daemon_starts_leaves_no_socket(place: Place) -> None:
@@ -191,7 +249,28 @@ def test_p6_a_second_signal_ends_a_daemon_at_once(place: Place) -> None:
     place.daemon()  # nothing is in its way
 
 
-def test_p6_a_trainer_that_comes_while_a_daemon_drains_is_told_to_try_again(place: Place) -> None:
+@pytest.mark.parametrize("point", POINTS)
+def test_p6_a_second_signal_in_the_middle_of_a_save_leaves_nothing_half(
+    place: Place, point: str
+) -> None:
+    daemon = place.daemon(failpoints=f"{point}=hang", CKPTD_DRAIN_S="600")
+    store = place.store()
+    with FakeTrainer(daemon.socket, place.root) as trainer:
+        trainer.connect().save(10, 1)
+        daemon.send(signal.SIGTERM)
+        wait_until(lambda: trainer.report()["is_draining"], "the daemon drains")
+        daemon.send(signal.SIGTERM)
+        assert daemon.wait() == 128 + signal.SIGTERM
+        assert assert_all_whole(store) in ([], [10])
+        place.daemon()
+        trainer.outcome(10)
+        trainer.connect().offer(10)
+        assert trainer.outcome(10).state == "committed"
+    assert assert_all_whole(store) == [10]
+    store.close()
+
+
+def test_p6_a_rank_that_comes_late_while_a_daemon_drains_completes_the_step(place: Place) -> None:
     daemon = place.daemon(CKPTD_DRAIN_S="600")
     one = FakeTrainer(daemon.socket, place.root, rank=0, world_size=2)
     two = FakeTrainer(daemon.socket, place.root, rank=1, world_size=2)
@@ -203,6 +282,8 @@ def test_p6_a_trainer_that_comes_while_a_daemon_drains_is_told_to_try_again(plac
         wait_until(lambda: one.report()["is_draining"], "the daemon drains")
         two.save(10, 1)  # what belongs to an open step is still taken
         assert one.outcome(10).state == two.outcome(10).state == "committed"
+        for trainer in (one, two):
+            trainer.goodbye()
         assert daemon.wait() == 0
 
 

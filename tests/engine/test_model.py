@@ -46,6 +46,7 @@ class Trainer:
     is_local: bool
     client: int | None = None
     arena: int = 1
+    is_announced: bool = False
     is_dead: bool = False
     is_gone: bool = False
     saves: list[Save] = field(default_factory=list)
@@ -75,6 +76,9 @@ class World(RuleBasedStateMachine):
         self.ended_at: dict[int, float] = {}
         self.exit: ev.Exit | None = None
         self.stop_at: float | None = None
+        self.clients: dict[int, Trainer] = {}
+        self.released: set[tuple[int, int]] = set()
+        self.holders: dict[int, Trainer] = {}
 
     # --- the engine, and what must hold at every event -----------------------------------------
 
@@ -98,6 +102,11 @@ class World(RuleBasedStateMachine):
         elif isinstance(effect, ev.Release):
             used = {(store.client, store.arena) for store in self.storing.values()}
             assert (effect.client, effect.arena) not in used, "memory that is being read"
+            self.released.add((effect.client, effect.arena))
+        elif isinstance(effect, ev.ShowHeld):
+            self.check_shown(effect)
+        elif isinstance(effect, ev.Lend):
+            self.check_lent(effect)
         elif isinstance(effect, ev.Drop):
             for trainer in self.trainers:
                 if trainer.client == effect.client:
@@ -164,6 +173,27 @@ class World(RuleBasedStateMachine):
                     assert is_there or self.is_closed(save.step), "written before it was"
                     save.is_written = True
 
+    def check_shown(self, effect: ev.ShowHeld) -> None:
+        for arena, row in effect.snapshots:
+            owner = self.clients[row.arena]
+            assert owner.client != row.arena, "its writer is here"
+            assert (row.arena, arena) not in self.released
+            assert row.rank == owner.rank
+            save = owner.saves[row.sequence - 1]
+            assert (row.step, row.slot) == (save.step, save.sequence % 2)
+
+    def check_lent(self, effect: ev.Lend) -> None:
+        owner, taker = self.clients[effect.owner[0]], self.clients[effect.client]
+        assert effect.owner not in self.released
+        if isinstance(effect.message, say.Lent):
+            return
+        assert owner.is_dead, "two would write in one arena"
+        reading = {(store.client, store.arena) for store in self.storing.values()}
+        assert effect.owner not in reading, "it is being stored"
+        holder = self.holders.get(effect.owner[0])
+        assert holder is None or holder is taker or holder.is_dead or holder.is_gone
+        self.holders[effect.owner[0]] = taker
+
     def check_exit(self, effect: ev.Exit) -> None:
         is_late = self.stop_at is not None and self.now >= self.stop_at
         if effect.code == 0:
@@ -200,12 +230,13 @@ class World(RuleBasedStateMachine):
         """Do what `Link` does after a connection was made."""
         number, self.next_client = self.next_client, self.next_client + 1
         trainer.client = number
+        self.clients[number] = trainer
         world = len(self.trainers)
         self.feed(ev.Said(number, hello(trainer.rank, world)))
         if trainer.client is None:  # refused: the engine drains
             return
         self.feed(ev.Opened(number))
-        self.feed(ev.Said(number, say.Arena(trainer.arena, 2, 8192)))
+        trainer.is_announced = False
         self.feed(ev.Said(number, recipe()))
         for save in trainer.saves:
             if save.word is None and trainer.client == number:
@@ -225,6 +256,9 @@ class World(RuleBasedStateMachine):
             )
             deadline_s = 25.0 if save.is_urgent else None
             message = msgspec.structs.replace(plain, arena=trainer.arena, deadline_s=deadline_s)
+            if not trainer.is_announced:
+                trainer.is_announced = True
+                self.feed(ev.Said(trainer.client, say.Arena(trainer.arena, 2, 8192)))
         self.feed(ev.Said(trainer.client, message))
 
     @precondition(lambda self: self.exit is None)
@@ -252,13 +286,32 @@ class World(RuleBasedStateMachine):
             self.feed(ev.Gone(client, is_dead))
 
     @precondition(lambda self: self.exit is None)
-    @rule(rank=st.integers(0, 2))
-    def leave(self, rank: int) -> None:
+    @rule(rank=st.integers(0, 2), keeps=st.booleans())
+    def leave(self, rank: int, keeps: bool) -> None:
         trainer = self.pick(rank)
         if trainer.client is not None and all(save.word for save in trainer.saves):
             client, trainer.client = trainer.client, None
             trainer.is_gone = True
-            self.feed(ev.Said(client, say.Goodbye()))
+            self.feed(ev.Said(client, say.Goodbye(keeps)))
+
+    @precondition(lambda self: self.exit is None)
+    @rule(rank=st.integers(0, 2), number=st.integers(0, 2))
+    def ask_for_memory(self, rank: int, number: int) -> None:
+        """Ask what is held, for what was, or for an arena."""
+        trainer = self.pick(rank)
+        if trainer.client is not None:
+            wishes = (say.Seek(), say.Borrow(number + 1, number, 1), say.Claim(1, 4096))
+            self.feed(ev.Said(trainer.client, wishes[number]))
+
+    @precondition(lambda self: self.exit is None)
+    @rule(rank=st.integers(0, 2))
+    def die_later(self, rank: int) -> None:
+        """A process dies whose connection ended before."""
+        trainer = self.pick(rank)
+        numbers = [number for number, known in self.clients.items() if known is trainer]
+        if numbers and trainer.client is None:
+            trainer.is_dead = True
+            self.feed(ev.Gone(max(numbers), is_dead=True))
 
     @precondition(lambda self: self.exit is None)
     @rule(rank=st.integers(0, 2), is_forfeit=st.booleans(), is_urgent=st.booleans())
@@ -286,6 +339,7 @@ class World(RuleBasedStateMachine):
         trainer = self.pick(rank)
         if trainer.client is not None:
             trainer.arena += 1
+            trainer.is_announced = True
             self.feed(ev.Said(trainer.client, say.Arena(trainer.arena, 2, 16384)))
 
     # --- the store -----------------------------------------------------------------------------

@@ -77,17 +77,26 @@ def test_s6_a_message_that_makes_no_sense_ends_its_connection(
     assert bench.engine.clients == {}
 
 
-def test_p6_a_daemon_that_drains_takes_no_new_step_and_says_try_again(bench: Bench) -> None:
+def test_p6_a_daemon_that_drains_takes_the_last_snapshot_of_who_is_here_and_no_other_job(
+    bench: Bench,
+) -> None:
+    """Who tells a daemon to go tells trainers too, whose last snapshot comes after that."""
     bench.join(1)
-    bench.say(1, handoff(10, 1))
-    bench.on(ev.StopAsked(bench.now + 30))
-    (refusal,) = said(say.Refused, bench.say(1, handoff(20, 2, slot=1)))
+    bench.write(1, 10, 1)
+    bench.judge(10)
+    assert not of(ev.Exit, bench.on(ev.StopAsked(bench.now + 30)))
+    (refusal,) = said(say.Refused, bench.say(2, hello(attempt=2)))
+    assert (refusal.kind, refusal.reason) == ("DaemonUnavailableError", "the daemon is stopping")
+    (refusal,) = said(say.Refused, bench.say(3, hello(root="/other")))
     assert refusal.kind == "DaemonUnavailableError"
-    (refusal,) = said(say.Refused, bench.say(2, hello()))
-    assert refusal.kind == "DaemonUnavailableError"
-    bench.store(10, 1)
-    bench.put(10, 1)
-    assert of(ev.Exit, bench.judge(10)) == [ev.Exit(0)]
+    assert of(ev.Store, bench.say(1, handoff(20, 2, slot=1)))
+    bench.on(ev.Gone(1, is_dead=False))
+    bench.join(4)  # it comes again, with what it has handed off
+    assert not said(say.Refused, bench.say(4, handoff(20, 2, slot=1)))
+    bench.store(20, 2)
+    bench.put(20, 2)
+    assert not of(ev.Exit, bench.judge(20)), "it may have another one"
+    assert of(ev.Exit, bench.say(4, say.Goodbye())) == [ev.Exit(0)]
 
 
 def test_a_step_without_anything_due_asks_for_no_tick_before_its_timeout(bench: Bench) -> None:

@@ -332,6 +332,18 @@ def test_settle_does_not_wait_for_ranks_that_nobody_hears_of(bench: Bench) -> No
     assert said(say.Settled, bench.say(2, say.Settle()))
 
 
+def test_settle_does_not_wait_for_a_part_that_waits_for_a_step_of_such_ranks(bench: Bench) -> None:
+    """The daemon of rank 1 is dead: neither step will ever be whole, and nobody here can hurry."""
+    bench.join(1, rank=0, world_size=2)
+    bench.write(1, 10, 1)
+    bench.judge(10, WAITING)
+    bench.say(1, handoff(20, 2))
+    assert not of(ev.PutRank, bench.store(20, 2)), "it is to name step 10, if that is committed"
+    bench.on(ev.Gone(1, is_dead=True))
+    bench.join(2, rank=0, world_size=1, attempt=2)
+    assert said(say.Settled, bench.say(2, say.Settle()))
+
+
 def test_the_report_is_json_without_storage_options(bench: Bench) -> None:
     bench.say(1, msgspec.structs.replace(hello(), storage_options={"secret": "canary"}))
     bench.on(ev.Opened(1))
@@ -344,11 +356,11 @@ def test_the_report_is_json_without_storage_options(bench: Bench) -> None:
     assert b"canary" not in report.body
 
 
-def test_an_engine_that_drains_refuses_new_clients_and_ends_when_it_is_done(bench: Bench) -> None:
+def test_an_engine_that_drains_ends_when_it_is_done_and_nobody_is_here(bench: Bench) -> None:
     bench.join(1)
     bench.say(1, handoff(10, 1))
     assert not of(ev.Exit, bench.on(ev.StopAsked(bench.now + 30)))
-    assert "stopping" in said(say.Refused, bench.say(2, hello()))[0].reason
+    assert not of(ev.Exit, bench.on(ev.Gone(1, is_dead=True)))
     bench.store(10, 1)
     bench.put(10, 1)
     assert of(ev.Exit, bench.judge(10)) == [ev.Exit(0)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ckptd.engine import events as ev
 from ckptd.engine.events import Effect, Event, PartKey, StepKey
@@ -100,3 +100,42 @@ def said(kind: type, effects: list[Effect], client: int | None = None) -> list[s
         for effect in of(ev.Send, effects)
         if isinstance(effect.message, kind) and client in (None, effect.client)
     ]
+
+
+# --- what is left in memory --------------------------------------------------------------------
+
+
+def join_with(
+    bench: Bench, client: int, *, rank: int = 0, world_size: int = 1, attempt: int = 1,
+    root: str = ROOT, slots: int = 2, slot_bytes: int = 8192, identity: int | None = None,
+    is_announced: bool = True,
+) -> None:  # fmt: skip
+    """Bring a client to the point where it may hand off; its memory is known from any other."""
+    bench.say(client, hello(rank, world_size, attempt, root=root))
+    bench.on(ev.Opened(client))
+    if is_announced:
+        announce(bench, client, identity or 100 + client, slots=slots, slot_bytes=slot_bytes)
+    bench.say(client, recipe())
+
+
+def announce(
+    bench: Bench, client: int, identity: int, *, slots: int = 2, slot_bytes: int = 8192
+) -> list[Effect]:
+    return bench.on(ev.Mapped(client, say.Arena(1, slots, slot_bytes), identity))
+
+
+def left_by(bench: Bench, client: int, *, step: int = 10, **options: Any) -> None:
+    """Let a client come, hand a step off, which fails, and die."""
+    join_with(bench, client, **options)
+    bench.say(client, handoff(step, 1))
+    rank, attempt = options.get("rank", 0), options.get("attempt", 1)
+    key = StepKey(options.get("root", ROOT), StepId(attempt, step))
+    bench.on(ev.PartFailed(PartKey(key, rank, 1), "the disk is full"))
+    bench.on(ev.Judged(key, Verdict("failed", "SaveFailedError", "the disk is full")))
+    bench.on(ev.Gone(client, is_dead=True))
+
+
+def seen(bench: Bench, client: int) -> list[say.HeldSnapshot]:
+    """Return what is shown to a client that asks."""
+    (shown,) = of(ev.ShowHeld, bench.say(client, say.Seek()))
+    return [row for _, row in shown.snapshots]

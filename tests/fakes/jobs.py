@@ -47,12 +47,14 @@ def wait_until(is_true: Callable[[], Any], what: str, timeout_s: float = PATIENC
 class Process:
     """A process in a session of its own, whose output goes to a file."""
 
-    def __init__(self, command: list[str], env: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, command: list[str], env: dict[str, str], log: Path, *, pass_fds: Sequence[int] = ()
+    ) -> None:  # fmt: skip
         self.log = log
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
                 command, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=out,
-                cwd="/", start_new_session=True,
+                cwd="/", start_new_session=True, pass_fds=pass_fds,
             )  # fmt: skip
         self.pid = self.popen.pid
 
@@ -102,8 +104,11 @@ class Process:
 class Daemon(Process):
     """A daemon that listens on `socket`."""
 
-    def __init__(self, command: list[str], env: dict[str, str], log: Path, socket: str) -> None:
-        super().__init__(command, env, log)
+    def __init__(
+        self, command: list[str], env: dict[str, str], log: Path, socket: str, *,
+        pass_fds: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(command, env, log, pass_fds=pass_fds)
         self.socket = socket
 
     def wait_serving(self) -> Daemon:
@@ -256,7 +261,8 @@ class Place:
         self.ranks: list[Rank] = []
 
     def env(self, **more: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CKPTD_", "XDG_"))}
+        ours = ("CKPTD_", "XDG_", "NOTIFY_", "LISTEN_")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(ours)}
         return {
             **kept, "CKPTD_RUNTIME_DIR": str(self.runtime), "PYTHONPATH": str(REPOSITORY),
             "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1", "CKPTD_NICE": "0", **more,

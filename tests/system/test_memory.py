@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -57,10 +56,13 @@ def lose(node: Daemon) -> None:
 def hide_contents(place: Place) -> None:
     """Take away all that a restore from the store would read, but for what was committed."""
     for folder in ("chunks", "ranks"):
-        shutil.move(Path(place.root) / folder, Path(place.root) / f"hidden-{folder}")
-        (Path(place.root) / folder).mkdir()
-    for number in range(256):
-        (Path(place.root) / "chunks" / f"{number:02x}").mkdir()
+        (Path(place.root) / folder).rename(Path(place.root) / f"hidden-{folder}")
+
+
+def show_contents(place: Place) -> None:
+    """Give it back."""
+    for folder in ("chunks", "ranks"):
+        (Path(place.root) / f"hidden-{folder}").rename(Path(place.root) / folder)
 
 
 def arenas_of(pid: int) -> set[str]:
@@ -95,6 +97,7 @@ def test_workers_that_were_killed_come_back_from_memory_and_no_checkpoint_is_rea
     assert all_do(again, "resume") == [{"step": 2, "attempt": 1}] * 2
     assert all_do(again, "whence") == ["memory"] * 2
     assert all_do(again, "digest") == digests
+    show_contents(place)
     save(again, 3)
     assert previous_of(place, StepId(2, 3)) == str(StepId(1, 2))
 

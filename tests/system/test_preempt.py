@@ -14,12 +14,13 @@ pytestmark = pytest.mark.system
 
 
 def start(
-    place: Place, ranks: Ranks, world_size: int = 4, *, is_ddp: bool = True, **env: str
+    place: Place, ranks: Ranks, world_size: int, *, is_ddp: bool = True, **env: str
 ) -> list[Rank]:
     """Give ranks that train in a loop of `steps`, and have taken some."""
     job = place.job(ranks, world_size, CKPTD_LINGER_S="0.1", **env)
     all_do(job, "build", is_ddp=is_ddp)
     all_do(job, "open", root=place.root)
+    all_do(job, "prepare")
     for number, rank in enumerate(job):
         rank.order("walk", beacon=str(place.base / f"at-{number}"))
     beacons = [place.base / f"at-{number}" for number in range(world_size)]
@@ -41,22 +42,25 @@ def committed(place: Place) -> list[int]:
         store.close()
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGTERM to all", "a file"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGTERM to all", "a file", "a command"])
 def test_a_warning_to_one_rank_stops_all_at_the_same_step_and_that_is_committed(
     place: Place, ranks: Ranks, how: str
 ) -> None:
     stop = place.base / "stop"
-    job = start(place, ranks, CKPTD_STOP_FILE=str(stop) if how == "a file" else "")
+    world_size = 4 if how == "SIGTERM" else 2
+    job = start(place, ranks, world_size, CKPTD_STOP_FILE=str(stop) if how == "a file" else "")
     if how == "a file":
         stop.touch()
+    elif how == "a command":
+        wait_until(lambda: place.run("preempt", place.root).returncode == 0, "a rank is told")
     else:
-        for rank in job if how == "SIGTERM to all" else [job[2]]:
+        for rank in job if how == "SIGTERM to all" else [job[-1]]:
             rank.send(signal.Signals[how.split(maxsplit=1)[0]])
     (step,) = set(stopped_at(job))
     assert step > 3
     assert committed(place) == [step]
     all_do(job, "close")
-    assert [rank.end() for rank in job] == [0] * 4
+    assert [rank.end() for rank in job] == [0] * world_size
 
 
 def test_ranks_do_not_wait_for_a_dead_one_beyond_the_deadline(place: Place, ranks: Ranks) -> None:

@@ -24,6 +24,7 @@ import ckptd
 import ckptd.trainer.checkpointer  # so that the server has it all
 from ckptd import failpoints
 from ckptd.errors import CkptdError
+from tests.fakes import marching
 
 FACTS = ("step", "missing_ranks", "fqn", "ranks", "key")
 
@@ -121,6 +122,14 @@ class Rank:
             if step == 3:
                 Path(beacon).touch()
         return done
+
+    def march(self, **orders: Any) -> int:
+        """Train and save until killed, or as often as ordered; see `marching.march`."""
+        return marching.march(self._ckpt, self.state, **orders)
+
+    def strays(self, **where: int) -> list[str]:
+        """Name what is not as `march` saved it."""
+        return marching.strays(self.state, **where)
 
     def result(self, *, step: int, timeout_s: float = 60.0) -> int:
         return self.handles[step].result(timeout_s).step

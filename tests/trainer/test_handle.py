@@ -178,3 +178,80 @@ def test_s1_what_names_no_error_of_ours_is_a_failed_save(kind: str) -> None:
     error = error_of(word(kind=kind))
     assert type(error) is SaveFailedError
     assert error.step == 7
+
+
+# --- how far it is -------------------------------------------------------------------------------
+
+
+def test_the_status_says_how_far_a_save_is() -> None:
+    it = handle()
+    assert (it.status, it.whereabouts) == ("captured", "no daemon has taken the snapshot")
+    it.defer()
+    assert (it.status, it.whereabouts) == ("capturing", "the state is still being copied")
+    it.captured()
+    it.taken()
+    assert it.status == "handed_off"
+    assert it.whereabouts == "the daemon has the snapshot and goes on"
+    it.taken(is_taken=False)
+    assert it.status == "captured", "the daemon that had it is gone"
+    it.taken()
+    it.resolve(None)
+    assert it.status == "committed"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (SaveFailedError("because", step=7), "failed"),
+        (LayoutError("because", fqn="w"), "failed"),
+        (errors.DaemonUnavailableError("there is none"), "failed"),
+        (SaveSkippedError("because", step=7), "skipped"),
+        (SaveUnknownError("because", step=7), "unknown"),
+    ],
+)
+def test_the_status_at_the_end_is_what_became_of_the_save(error: CkptdError, status: str) -> None:
+    it = handle()
+    it.taken()
+    it.resolve(error)
+    assert it.status == status
+    it.taken(is_taken=False)
+    it.resolve(None)
+    assert it.status == status
+
+
+def test_a_save_that_was_left_out_is_skipped_before_the_final_word_too() -> None:
+    it = handle()
+    it.leave_out()
+    assert it.status == "skipped"
+    assert not it.is_done
+
+
+def test_without_a_daemon_nobody_is_said_to_go_on_once_this_process_ends() -> None:
+    it = Handle(7, 3, lambda _: None, has_daemon=False)
+    assert it.whereabouts == "nobody has taken it"
+    it.taken()
+    assert "this process still stores the snapshot" in it.whereabouts
+
+
+def test_a_timeout_says_where_the_snapshot_is() -> None:
+    it = handle()
+    with pytest.raises(SaveUnknownError, match="no daemon has taken the snapshot"):
+        it.result(0)
+    it.taken()
+    with pytest.raises(SaveUnknownError, match="the daemon has the snapshot and goes on"):
+        it.result(0)
+
+
+def test_waiting_for_the_commit_reads_nothing_and_raises_what_failed() -> None:
+    def load(_step: int) -> object:
+        raise AssertionError("nobody asked for the checkpoint")
+
+    it = handle(load)
+    assert it.wait_committed(0) is False
+    it.resolve(None)
+    assert it.wait_committed(0) is True
+    other = handle(load)
+    other.resolve(SaveFailedError("because", step=7))
+    with pytest.raises(SaveFailedError, match="because"):
+        other.wait_committed()
+    assert other.take_untold_error() is None, "whoever waited was told"

@@ -61,6 +61,7 @@ class Mute(LocalBoard):
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_POLL_S", 0.01)
     monkeypatch.setattr(module, "_LOST_POLL_S", 0.01)
+    monkeypatch.setattr(module, "_OVERTIME_S", 0.01)
 
 
 @pytest.fixture
@@ -214,6 +215,26 @@ def test_with_a_board_that_fails_a_rank_stops_on_its_own_notice(
     assert any("mute" in r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
 
 
+def test_a_thread_that_hangs_does_not_hold_a_rank_up_that_was_told(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    goes_on = threading.Event()
+
+    class Hanging(Mute):
+        def _check(self) -> None:
+            self.asked.set()
+            assert goes_on.wait(WAIT_S)
+
+    board = Hanging()
+    rank, _ = make(2, SOON, board)
+    assert rank.ask() is False
+    assert board.asked.wait(WAIT_S)
+    rank.notify("SIGTERM")
+    assert rank.ask() is True
+    goes_on.set()
+    assert "does not answer" in caplog.text
+
+
 def test_a_board_that_answers_again_is_heard_again(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -265,6 +286,7 @@ def test_close_ends_a_wait_for_others(make: Make) -> None:
     noticed(rank)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(rank.ask)
+        wait_until(lambda: rank._stopping.calls, "it asks")
         rank.close()
         assert answer.result(WAIT_S) is True
 

@@ -30,6 +30,7 @@ from ckptd.model.keys import StepId
 from ckptd.model.manifest import Manifest, RankManifest
 from ckptd.store.memory import MemoryStore
 from ckptd.store.open import open_store
+from ckptd.trainer import proposals as proposals_module
 from ckptd.trainer import resuming as resuming_module
 from ckptd.trainer import rng
 from ckptd.trainer.checkpointer import Checkpointer
@@ -370,7 +371,7 @@ def test_a_bug_while_looking_is_raised_and_not_taken_for_an_empty_root(
     def bug(store: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(resuming_module, "commit_whole_steps", bug)
+    monkeypatch.setattr(proposals_module, "commit_whole_steps", bug)
     with pytest.raises(Exception, match="a bug"):
         root.open().resume(make_state())
 

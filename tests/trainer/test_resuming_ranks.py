@@ -35,7 +35,8 @@ from ckptd.trainer.filling import Request
 from ckptd.trainer.flatten import flatten
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
-from ckptd.trainer.resuming import Resumed, Resuming, Root
+from ckptd.trainer.proposals import Root
+from ckptd.trainer.resuming import Resumed, Resuming
 from ckptd.trainer.rng import RNGState
 from ckptd.trainer.terms import Terms
 from ckptd.trainer.values import PerRank

@@ -158,11 +158,13 @@ class World:
             self.turns.wait()
         self.ranks[rank].decide(self.board.values())
 
-    def play(self, order: list[int]) -> set[int]:
+    def play(self, order: list[int], *, has_signal: bool = False) -> set[int]:
         """Return the calls at which ranks stopped."""
         each = range(len(self.ranks))
         actors = [lambda r=rank: self.train(r) for rank in each]
         actors += [lambda r=rank: self.listen(r) for rank in each]
+        if has_signal:  # its handler ends the quiet of a rank, whatever the two threads do
+            actors.append(self.ranks[0].end_quiet)
         self.turns.play(actors, order)
         assert len(self.stopped) == len(self.ranks)
         return set(self.stopped.values())
@@ -172,10 +174,12 @@ ORDERS = st.lists(st.integers(0, 11), max_size=120)
 
 
 @settings(max_examples=150)
-@given(ranks=st.integers(1, 3), order=ORDERS)
-def test_all_ranks_stop_at_the_same_call_in_every_order(ranks: int, order: list[int]) -> None:
+@given(ranks=st.integers(1, 3), order=ORDERS, has_signal=st.booleans())
+def test_all_ranks_stop_at_the_same_call_in_every_order(
+    ranks: int, order: list[int], has_signal: bool
+) -> None:
     world = World(ranks, SlowStopping)
-    assert len(world.play(order)) == 1
+    assert len(world.play(order, has_signal=has_signal)) == 1
     (call,) = set(world.stopped.values())
     assert call == max(world.board.values()) + 1
 

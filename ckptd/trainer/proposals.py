@@ -1,0 +1,107 @@
+"""What rank 0 proposes to resume from, one after the other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from ckptd.codec.records import decode_record
+from ckptd.errors import CkptdError, CorruptError, ObjectNotFoundError, StoreError
+from ckptd.model import keys
+from ckptd.model.keys import StepId
+from ckptd.model.manifest import AttemptRecord
+from ckptd.pipeline.catalog import find, line, list_commits
+from ckptd.pipeline.recover import commit_whole_steps
+from ckptd.store.base import Store
+from ckptd.trainer.recall import HeldStep, Recall, Sighting, held_steps
+from ckptd.trainer.recalled import is_spread_out, may_travel
+
+log = logging.getLogger("ckptd.trainer")
+
+
+class Proposal(msgspec.Struct):
+    """What rank 0 proposes next: a checkpoint, or a step in memory with the newest checkpoint `before`.
+
+    Both are None when nothing is left, or when it failed to look. `settles` says that the daemons are
+    to finish first what they write.
+    """
+
+    id: str | None = None
+    held: HeldStep | None = None
+    before: str | None = None
+    settles: bool = False
+    kind: str = ""
+    reason: str = ""
+
+
+class Root(NamedTuple):
+    """Where to look.
+
+    `may_commit`: steps that lack only their manifest are given it first.
+    """
+
+    url: str
+    storage_options: dict[str, object]
+    may_commit: bool
+
+
+class Looking(NamedTuple):
+    """Rank 0's look at what there is; `step` as in `Checkpointer.resume`."""
+
+    root: Root
+    world_size: int
+    step: int | None
+    sightings: Sequence[Sighting]
+
+    def proposals(
+        self, store: Store, *, has_memory: bool, recall: Recall | None
+    ) -> Iterator[Proposal]:
+        """Yield what to try: held steps, then the newest of the line, then back; or just `step`."""
+        if has_memory and recall is not None:
+            commits = [commit.id for commit in list_commits(store)]
+            newest = str(max(commits)) if commits else None
+            if not is_spread_out(self.sightings) or may_travel(self.world_size):
+                for held in held_steps(self.sightings, recall.attempt, commits):
+                    if _is_of_root(store, held):
+                        yield Proposal(held=held, before=newest)
+            yield Proposal(settles=True)
+        if self.root.may_commit:
+            commit_whole_steps(store)
+        if self.step is not None:
+            # Be it damaged, that is for `check` to say; whoever names a step wants that one.
+            yield Proposal(id=str(find(store, self.step).id))
+            return
+        has_any = False
+        for manifest in line(store):
+            has_any = True
+            yield Proposal(id=str(manifest.id))
+        if not has_any and list_commits(store):
+            raise CorruptError("there are checkpoints but no manifest can be read", key=store.url)
+
+
+def _is_of_root(store: Store, held: HeldStep) -> bool:
+    """Tell whether an attempt is one of this root's, not of one that had the same name before."""
+    key = keys.attempt(StepId.parse(held.id).attempt)
+    try:
+        record = decode_record(store.get(key, max_bytes=1 << 16), AttemptRecord, key=key)
+    except (ObjectNotFoundError, CorruptError):
+        return False
+    except StoreError as error:
+        if type(error) is StoreError:  # the base class says: larger than any such record can be
+            return False
+        raise
+    return record.token == held.token
+
+
+def next_proposal(proposals: Iterator[Proposal]) -> Proposal:
+    """Return the next one, an empty one at the end, or why there is none."""
+    try:
+        return next(proposals, Proposal())
+    except CkptdError as error:
+        return Proposal(kind=type(error).__name__, reason=str(error))
+    except Exception as error:
+        log.exception("looking for checkpoints failed")
+        return Proposal(kind=CkptdError.__name__, reason=repr(error))

@@ -1,0 +1,400 @@
+"""Rounds of a job that is killed: trainers, daemons, both, some of each, at any moment.
+
+A round begins with a job that trains and saves in every step. Somebody is killed, the rest of the
+ranks is ended as a launcher ends them, dead daemons are started again, and the job starts again on
+another number of ranks. Then it must go on from no earlier than what was promised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ckptd.engine.lifetime import EXIT_UNFINISHED
+from ckptd.model.keys import StepId
+from ckptd.units import MIB
+from tests.fakes.footprints import Footprint, has_work
+from tests.fakes.jobs import Daemon, Place, Rank, Ranks, all_do, new_place, state_of, wait_until
+from tests.fakes.soak_plans import ROUNDS, Ground, Plan, Strike
+from tests.fakes.soak_store import Ledger
+
+MOST_SAVES = 12  # a failpoint that nobody came to by then is not waited for
+COMMIT_TIMEOUT_S = 60.0
+DRAIN_S = 1.0
+MOST_RANKS = 4
+FDS = 6  # what a daemon may keep open for a root, beyond what it had before its first client
+PRIVATE_BYTES = 256 * MIB
+
+
+class Row(NamedTuple):
+    """What came of a round. `lost` counts the saves that had begun and did not come back."""
+
+    seed: int
+    kind: str
+    ranks: int
+    nodes: int
+    struck: str
+    lost: int
+    resumed: str
+    source: str
+    committed: int
+    stumbles: int
+    seconds: float
+
+
+class Book(NamedTuple):
+    """What the ranks of a job had written down when they died, as steps; 0 is none.
+
+    Attributes:
+        begun: whose save some rank had begun.
+        saved: whose save had returned on all ranks.
+        handed_off: of which all ranks had heard that daemons have it.
+        committed: of which some rank had heard that it is committed.
+        stopped: what ended training before the kill.
+    """
+
+    begun: int
+    saved: int
+    handed_off: int
+    committed: int
+    stopped: list[str]
+
+    @classmethod
+    def read(cls, paths: list[Path]) -> Book:
+        """Read the journals of all ranks."""
+        last: list[dict[int, str]] = []
+        begun, committed, stopped = 0, 0, []
+        saved: list[int] = []
+        for path in paths:
+            lines = path.read_text().splitlines() if path.exists() else []
+            notes = [(int(step), what) for step, _, what in (line.partition(" ") for line in lines)]
+            begun = max([begun, *(step for step, what in notes if what == "begun")])
+            committed = max([committed, *(step for step, what in notes if what == "committed")])
+            saved.append(max((step for step, what in notes if what == "saved"), default=0))
+            stopped += [what for _, what in notes if what.startswith("stopped")]
+            last.append({step: what for step, what in notes if what not in ("begun", "saved")})
+        safe = set.intersection(*(
+            {step for step, what in each.items() if what in ("handed_off", "committed")}
+            for each in last
+        ))  # fmt: skip
+        return cls(begun, min(saved), max(safe, default=0), committed, stopped)
+
+
+class Job:
+    """The ranks of one attempt."""
+
+    def __init__(self, ranks: list[Rank], ordinal: int, journals: list[Path]) -> None:
+        self.ranks = ranks
+        self.ordinal = ordinal
+        self.journals = journals
+        self.next_step = 1
+
+    @property
+    def book(self) -> Book:
+        return Book.read(self.journals)
+
+    def id_of(self, step: int) -> StepId | None:
+        """Return the id of a step of this attempt; None for 0."""
+        return StepId(self.ordinal, step) if step else None
+
+    def march(self, seed: int, plan: Plan, *, count: int = 0) -> None:
+        for rank, journal in zip(self.ranks, self.journals, strict=True):
+            rank.order(
+                "march", seed=seed, first=self.next_step, journal=str(journal), count=count,
+                wait_every=plan.wait_every, pause_s=plan.pause_s,
+            )  # fmt: skip
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.send(signal.SIGKILL)
+        for rank in self.ranks:
+            rank.clear()
+
+
+class Root:
+    """A root through several rounds, with the nodes of its job.
+
+    `least` is the step that the next attempt must not come back behind: `certain` whatever happens,
+    `held` as long as no daemon dies.
+    """
+
+    def __init__(self, place: Place, ranks: Ranks, first: Plan) -> None:
+        self.place = place
+        self.ground = Ground.of(first.seed)
+        self.seed = first.seed // ROUNDS
+        self.ledger = Ledger(place.root)
+        self.stumbles = 0
+        self.most = Footprint(0, 0, 0, 0, 0)
+        self._ranks = ranks
+        self._nodes: list[Daemon] = []
+        self._fresh: dict[int, Footprint] = {}  # by pid
+        self._worlds: dict[int, int] = {}
+        self._certain: StepId | None = None
+        self._held: StepId | None = None
+        for number in range(self.ground.nodes):
+            self._nodes.append(self._start_node(number, self._point_at(first, number)))
+        self._sees: StepId | None = None
+        self.resumed: StepId | None = None
+        self.job, self.source = self._restart(first)
+        self._arm(first)
+
+    # --- a round -------------------------------------------------------------------------------
+
+    def round(self, plan: Plan, following: Plan, *, is_last: bool) -> Row:
+        """Strike the job, start it again as the next plan says, and check what came back."""
+        began_s = time.monotonic()
+        struck, strike = self.job, plan.strike
+        self.stumbles = 0
+        struck.march(self.seed, plan)
+        has_lost_node = self._strike(strike, struck, random.Random(plan.seed))
+        book = struck.book
+        self._learn(struck, book, has_lost_node=has_lost_node)
+        for number, node in enumerate(self._nodes):
+            point = "" if is_last else self._point_at(following, number)
+            if not node.is_running:
+                self._nodes[number] = self._start_node(number, point)
+            elif point:
+                self._renew(number, point)
+            else:
+                self._check_footprint(node)
+        if plan.stumble_s is not None:
+            self._stumble(following, plan.stumble_s)
+        self.job, self.source = self._restart(following)
+        if not is_last:
+            self._arm(following)
+        resumed = self.resumed
+        is_of_struck = resumed is not None and resumed.attempt == struck.ordinal
+        came_to = resumed.step if is_of_struck and resumed else struck.next_step - 1
+        return Row(
+            plan.seed, plan.kind, plan.ranks, self.ground.nodes, _name(strike),
+            max(0, book.begun - came_to), resumed.short if resumed else "none", self.source,
+            len(self.ledger.committed), self.stumbles, time.monotonic() - began_s,
+        )  # fmt: skip
+
+    def _strike(self, strike: Strike, job: Job, dice: random.Random) -> bool:
+        """Kill whom it hits, then all ranks; tell whether a daemon's memory is gone."""
+        victims: list[Rank | Daemon] = [job.ranks[number] for number in strike.ranks]
+        victims += [self._nodes[number] for number in strike.nodes]
+        dice.shuffle(victims)
+        self._await_moment(strike, job)
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):  # dead at its failpoint
+                victim.send(signal.SIGKILL)
+        for number in strike.nodes:
+            self._nodes[number].wait()
+        time.sleep(strike.gap_s)
+        is_ridden = strike.rides and not strike.ranks
+        if is_ridden:
+            self._ride(strike, job)
+        job.kill()
+        return bool(strike.nodes) and not is_ridden
+
+    def _await_moment(self, strike: Strike, job: Job) -> None:
+        first = job.next_step
+
+        def has_begun(saves: int) -> bool:
+            book = job.book
+            return book.begun >= first + saves - 1 or bool(book.stopped)
+
+        if not strike.point:
+            wait_until(lambda: has_begun(strike.saves), "saves begin")
+            time.sleep(strike.delay_s)
+            assert not job.book.stopped, job.book.stopped
+            return
+        victim = job.ranks[strike.ranks[0]] if strike.trainer_point else None
+        wait_until(
+            lambda: has_begun(MOST_SAVES)
+            or (state_of(victim.pid) in ("Z", "") if victim is not None
+                else not self._nodes[strike.nodes[0]].is_running),
+            f"{strike.point} strikes",
+        )  # fmt: skip
+
+    def _ride(self, strike: Strike, job: Job) -> None:
+        """Start daemons again under ranks that train on: nothing may be lost by it."""
+        for number in strike.nodes:
+            self._nodes[number] = self._start_node(number, "")
+        begun = job.book.begun
+
+        def is_over() -> bool:
+            book = job.book
+            assert not book.stopped, book.stopped
+            return book.committed > begun
+
+        wait_until(is_over, "the job goes on with another daemon")
+
+    # --- starting ------------------------------------------------------------------------------
+
+    def _restart(self, plan: Plan) -> tuple[Job, str]:
+        """Start the job; it comes back from where it must, with what it must."""
+        job = self._begin(plan)
+        found = all_do(job.ranks, "resume")
+        assert found == [found[0]] * plan.ranks, found
+        (source,) = set(all_do(job.ranks, "whence"))
+        least = max(filter(None, [self._certain, self._held]), default=None)
+        self.resumed = None if found[0] is None else StepId(found[0]["attempt"], found[0]["step"])
+        assert (self.resumed or (0, 0)) >= (least or (0, 0)), (
+            f"came back at {self.resumed}, and {least} was safe "
+            f"(certain {self._certain}, held {self._held})"
+        )
+        if self.resumed is not None:
+            where = {"seed": self.seed, **self.resumed._asdict()}
+            assert all_do(job.ranks, "strays", **where) == [[]] * plan.ranks, self.resumed
+            self._held = self.resumed
+            job.next_step = self.resumed.step + 1
+        self.ledger.look()
+        return job, source or "none"
+
+    def _arm(self, plan: Plan) -> None:
+        if plan.strike.trainer_point:
+            self.job.ranks[plan.strike.ranks[0]].do("arm", spec=plan.strike.trainer_point)
+
+    def _begin(self, plan: Plan) -> Job:
+        """Start ranks up to their Checkpointers."""
+        ranks = self.place.job(self._ranks, plan.ranks)
+        for number, rank in enumerate(ranks):
+            node = self._nodes[(number + plan.swapped) % len(self._nodes)]
+            rank.do("setenv", CKPTD_SOCKET=node.socket)
+        (ordinal,) = set(
+            all_do(
+                ranks, "open", root=self.place.root, slots=self.ground.slots,
+                commit_timeout_s=COMMIT_TIMEOUT_S,
+            )
+        )  # fmt: skip
+        self._worlds[ordinal] = plan.ranks
+        self.ledger.begin_attempt(ordinal, self._sees)
+        all_do(ranks, "build", width=self.ground.width)
+        all_do(ranks, "take", name="rng")
+        all_do(ranks, "put", mark="")
+        journals = [self.place.base / f"journal-{ordinal}-{n}" for n in range(plan.ranks)]
+        return Job(ranks, ordinal, journals)
+
+    def _stumble(self, plan: Plan, after_s: float) -> None:
+        """Start an attempt that is killed while it comes back."""
+        job = self._begin(plan)
+        for rank in job.ranks:
+            rank.order("resume")
+        time.sleep(after_s)
+        job.kill()
+        self.stumbles += 1
+
+    def _learn(self, job: Job, book: Book, *, has_lost_node: bool) -> None:
+        """Note what is safe now."""
+        behind = book.saved - self.ground.slots  # its slots were used again: it is written
+        written = job.id_of(behind if behind >= job.next_step else 0)
+        self._sees, whole = self.ledger.glance(self._worlds)
+        safe = [self._certain, job.id_of(book.committed), written, whole]
+        self._certain = max(filter(None, safe), default=None)
+        handed_off = job.id_of(book.handed_off)
+        self._held = None if has_lost_node else handed_off or self._held
+
+    # --- nodes ---------------------------------------------------------------------------------
+
+    @staticmethod
+    def _point_at(plan: Plan, number: int) -> str:
+        strike = plan.strike
+        return strike.daemon_point if strike.nodes[:1] == (number,) else ""
+
+    def _start_node(self, number: int, point: str) -> Daemon:
+        node = self.place.daemon(
+            "ab"[number], failpoints=point, CKPTD_DRAIN_S=str(DRAIN_S), CKPTD_TRIM_S="0"
+        )
+        self._fresh[node.pid] = Footprint.of(node)
+        return node
+
+    def _renew(self, number: int, point: str) -> None:
+        """End a daemon as an upgrade does: it stores what it has, and its memory is gone."""
+        node = self._nodes[number]
+        code = node.end()
+        assert code in (0, EXIT_UNFINISHED), node.text
+        if code == EXIT_UNFINISHED:  # it waits for ranks elsewhere, who are dead
+            self._held = None
+        self._nodes[number] = self._start_node(number, point)
+
+    def _check_footprint(self, node: Daemon) -> None:
+        """Check that a daemon that lives on holds no more than it may."""
+        fresh = self._fresh[node.pid]
+
+        def is_small() -> bool:
+            found = Footprint.of(node)
+            self.most = Footprint(*map(max, zip(self.most, found, strict=True)))
+            return found.fds <= fresh.fds + FDS and found.arenas <= MOST_RANKS
+
+        wait_until(is_small, f"descriptors go: {fresh}, then {Footprint.of(node)}")
+        assert Footprint.of(node).private_bytes < PRIVATE_BYTES
+
+    # --- the end -------------------------------------------------------------------------------
+
+    def finish(self, plan: Plan) -> None:
+        """Let the job come to its end; nothing is left of it but checkpoints."""
+        ranks = self.job.ranks
+        last = self.job.next_step + 1
+        self.job.march(self.seed, plan, count=2)
+        for rank in ranks:
+            assert rank.answer() == {"value": last}, rank.text
+        all_do(ranks, "close")
+        assert [rank.end() for rank in ranks] == [0] * len(ranks)
+        for node in self._nodes:
+            wait_until(lambda node=node: not has_work(node.socket), "daemons have nothing to do")
+            fresh = self._fresh[node.pid]
+
+            def is_back(node: Daemon = node, fresh: Footprint = fresh) -> bool:
+                found = Footprint.of(node)
+                return found.fds <= fresh.fds + FDS and (found.arenas, found.mapped_bytes) == (0, 0)
+
+            wait_until(is_back, f"memory goes: {fresh}, then {Footprint.of(node)}")
+            assert node.end() in (0, EXIT_UNFINISHED), node.text
+        self.ledger.check_all()
+        assert self.ledger.newest == StepId(self.job.ordinal, last)
+        assert self.place.temporary_files() == []
+
+
+def _name(strike: Strike) -> str:
+    """Say whom it hits, and when."""
+    whom = [f"r{n}" for n in strike.ranks] + [f"d{n}" for n in strike.nodes]
+    when = strike.point or f"save {strike.saves} + {strike.delay_s * 1e3:.0f} ms"
+    return f"{' '.join(whom)} at {when}{', ridden' if strike.rides else ''}"
+
+
+class RoundError(Exception):
+    """A round failed: `seed`, in a root that began with the round `first`."""
+
+    def __init__(self, seed: int, first: int) -> None:
+        super().__init__(f"the round of seed {seed} failed, in a root that began with {first}")
+        self.seed = seed
+        self.first = first
+
+
+def run_rounds(seed: int, rounds: int, ranks: Ranks, keep: Path | None = None) -> Iterator[Row]:
+    """Run the rounds `seed`, `seed` + 1 and so on; those of one root one after the other.
+
+    Raises:
+        RoundError: something that was promised does not hold. The logs are copied to `keep`.
+    """
+    end, at = seed + rounds, seed
+    while at < end:
+        first, until = at, min(end, (at // ROUNDS + 1) * ROUNDS)
+        with new_place() as place:
+            try:
+                root = Root(place, ranks, Plan.of(first))
+                for at in range(first, until):
+                    plan, following = Plan.of(at), Plan.of(at + 1)
+                    yield root.round(plan, following, is_last=at + 1 == until)
+                root.finish(following)
+            except Exception as error:
+                if keep is not None:
+                    _copy_logs(place, keep)
+                raise RoundError(at, first) from error
+        at = until
+
+
+def _copy_logs(place: Place, keep: Path) -> None:
+    keep.mkdir(parents=True, exist_ok=True)
+    for path in place.base.iterdir():
+        if path.is_file():
+            shutil.copy2(path, keep)
