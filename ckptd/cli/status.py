@@ -101,8 +101,20 @@ def _show(report: dict[str, Any]) -> None:
         show(f"  last failure: {plain(report['last_failure'])}", style="red")
     if report.get("last_skip"):  # a daemon of an earlier version does not say
         show(f"  last skip: {plain(report['last_skip'])}", style="yellow")
+    if report["kept"]:
+        show(f"  {_kept(report['kept'])}")
     if report["jobs"]:
         show(_jobs(report["jobs"]))
+
+
+def _kept(kept: list[dict[str, Any]]) -> str:
+    ranks = len(kept)
+    newest = max((step for left in kept for step in left["steps"]), default=None)
+    return (
+        f"kept in memory: {format_bytes(sum(left['bytes'] for left in kept))} of {ranks} "
+        f"rank{'s' if ranks != 1 else ''} that are gone, newest step {newest}, "
+        f"for {format_span(max(left['left_s'] for left in kept))} more"
+    )
 
 
 def _jobs(jobs: list[dict[str, Any]]) -> Any:

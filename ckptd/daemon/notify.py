@@ -89,7 +89,7 @@ def take_fds(env: MutableMapping[str, str]) -> list[Given]:
     is_ours = env.get("LISTEN_PID") == str(os.getpid())
     count, names = env.get("LISTEN_FDS", ""), env.get("LISTEN_FDNAMES", "").split(":")
     _forget_fds(env)
-    if not is_ours or count == "0":
+    if not is_ours or count in ("", "0"):
         return []
     if count != str(len(names)):
         log.warning("descriptors of the service manager have no names; they are not used")

@@ -10,6 +10,7 @@ import msgspec
 from ckptd.version import __version__
 
 if TYPE_CHECKING:
+    from ckptd.engine.clients import Client
     from ckptd.engine.jobs import Job
     from ckptd.engine.state import Engine
 
@@ -33,8 +34,22 @@ def report(engine: Engine, now: float) -> bytes:
         "last_failure": tally.last_failure,
         "last_skip": tally.last_skip,
         "jobs": [_job(engine, job, now) for job in engine.jobs.values()],
+        "kept": [_kept(client, now) for client in engine.memory.kept],
     }
     return msgspec.json.encode(body)
+
+
+def _kept(client: Client, now: float) -> dict[str, Any]:
+    """Return what a dead trainer left in memory."""
+    arena = client.arena
+    return {
+        "root": client.hello.root,
+        "attempt": client.hello.attempt,
+        "rank": client.hello.rank,
+        "steps": sorted(snapshot.handoff.step for snapshot in client.snapshots.values()),
+        "bytes": arena.slots * arena.slot_bytes if arena else 0,
+        "left_s": max(0.0, (client.kept_until or now) - now),
+    }
 
 
 def _job(engine: Engine, job: Job, now: float) -> dict[str, Any]:

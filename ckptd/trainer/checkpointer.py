@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Literal
 import torch
 
 from ckptd import failpoints
-from ckptd.errors import ConfigError, LayoutError
+from ckptd.errors import ConfigError, LayoutError, SaveUnknownError
 from ckptd.model.checkpoint import Checkpoint
 from ckptd.model.keys import StepId
 from ckptd.pipeline.catalog import describe, list_checkpoints
@@ -324,15 +325,26 @@ class Checkpointer:
     def close(self) -> None:
         """Wait for the final word on every save, and leave. May be repeated.
 
+        After `preempted` returned True it waits no longer than the grace; what is not known then is
+        only logged, and the newest snapshots stay in memory for the next start.
+
         Raises:
             CkptdError: why a save failed, if nobody was told of it yet.
         """
         if self._is_closed or os.getpid() != self._pid:
             return
         self._saving.settle()
-        self._link.wait(self.options.commit_timeout_s + 60.0)
-        self._leave()
-        self._saving.raise_untold(None)
+        limit_s, is_stopping = self.options.commit_timeout_s + 60.0, self._preemption.is_stopping
+        if is_stopping:
+            limit_s = min(limit_s, self._preemption.grace_left_s())
+        self._link.wait(limit_s)
+        self._leave(keeps=is_stopping)
+        try:
+            self._saving.raise_untold(None)
+        except SaveUnknownError as error:
+            if not is_stopping:
+                raise
+            log.warning("%s", error)
 
     def __enter__(self) -> Checkpointer:  # noqa: PYI034 - Self is not in Python 3.10
         return self
@@ -345,7 +357,7 @@ class Checkpointer:
             self.close()
         else:
             # The daemon finishes what it has; another error must not hide the one under way.
-            self._leave()
+            self._leave(keeps=True)
 
     # --- inside --------------------------------------------------------------------------------
 
@@ -362,7 +374,8 @@ class Checkpointer:
         if os.getpid() != self._pid:
             raise ConfigError("a Checkpointer belongs to the process that made it, not to a fork")
 
-    def _leave(self) -> None:
+    def _leave(self, *, keeps: bool = False) -> None:
+        """Go; with `keeps` the daemon holds the newest snapshots for the next start."""
         if self._is_closed or os.getpid() != self._pid:
             return
         self._is_closed = True
@@ -370,11 +383,11 @@ class Checkpointer:
         self._preemption.close()
         self._saving.close()
         self._agreement.close()
-        self._link.close()
+        self._link.close(keeps=keeps)
         self._snapshots.close()
         self._preparation.join()
         self._meeting.close()
 
     def _at_exit(self) -> None:
-        """Hand off what waits, when the script ends without `close`."""
-        self._leave()
+        """Hand off what waits, when the script ends without `close`, by an error perhaps."""
+        self._leave(keeps=getattr(sys, "last_value", None) is not None)

@@ -117,6 +117,7 @@ def test_descriptors_come_with_their_names_and_once(given: int) -> None:
         {"LISTEN_PID": "1"},
         {"LISTEN_PID": ""},
         {"LISTEN_FDS": "0"},
+        {"LISTEN_FDS": ""},
         {"LISTEN_FDS": "1"},
         {"LISTEN_FDS": "99999999999"},
         {"LISTEN_FDS": "x"},

@@ -304,6 +304,16 @@ class World(RuleBasedStateMachine):
             self.feed(ev.Said(trainer.client, wishes[number]))
 
     @precondition(lambda self: self.exit is None)
+    @rule(rank=st.integers(0, 2), is_dead=st.booleans())
+    def lose_and_claim(self, rank: int, is_dead: bool) -> None:
+        """Of what one leaves the others ask for, after they came again with nothing to hand off."""
+        self.lose(rank, is_dead)
+        for other in self.trainers:
+            if other.client is not None and all(save.word for save in other.saves):
+                self.connect(other)
+                self.feed(ev.Said(other.client, say.Claim(1, 4096)))
+
+    @precondition(lambda self: self.exit is None)
     @rule(rank=st.integers(0, 2))
     def die_later(self, rank: int) -> None:
         """A process dies whose connection ended before."""

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ckptd.daemon.record import REGION_BYTES, Record
 from ckptd.model.keys import StepId
-from tests.fakes.jobs import Place, Ranks, all_do, wait_until
+from tests.fakes.jobs import Place, Rank, Ranks, all_do, wait_until
+from tests.fakes.s3_server import S3Server
 from tests.fakes.service_manager import ServiceManager
-from tests.fakes.trainers import FakeTrainer, assert_all_whole, committed_steps, contents
+from tests.fakes.trainers import assert_all_whole
 from tests.system.test_memory import arenas_of, begin, hide_contents, kill, previous_of, save
 
 pytestmark = pytest.mark.system
+
+AWS = {"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY"}
 
 
 @pytest.fixture
@@ -24,18 +29,18 @@ def manager() -> Iterator[ServiceManager]:
         yield fresh
 
 
-def records_of(pid: int) -> int:
-    """Count the records that a process has open."""
-    folder = f"/proc/{pid}/fd"
-    links = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder) if os.path.lexists(f"{folder}/{fd}")]
-    return sum("ckptd-record" in link for link in links)
+def open_in(pid: int, what: str) -> int:
+    """Count the descriptors of arenas, or of records, that a process has."""
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(os.readlink(fd))
+    return sum(f"memfd:ckptd-{what}" in link for link in links)
 
 
-def descriptors_of(pid: int) -> int:
-    """Count the arenas that a process has open, each as often as it is open."""
-    folder = f"/proc/{pid}/fd"
-    links = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder) if os.path.lexists(f"{folder}/{fd}")]
-    return sum("ckptd-arena" in link for link in links)
+def count_held(pid: int) -> tuple[int, int]:
+    """Count the arenas and records that a process has open."""
+    return open_in(pid, "arena"), open_in(pid, "record")
 
 
 # --- the daemon and all trainers at once ---------------------------------------------------------
@@ -111,7 +116,7 @@ def test_d6_trainers_that_live_hand_off_again_and_nothing_is_held_twice(
     job = begin(place, ranks, [daemon.socket] * 2)
     save(job, 1)
     save(job, 2, is_committed=False)
-    held, stored = arenas_of(daemon.pid), manager.names()
+    held, count, stored = arenas_of(daemon.pid), count_held(daemon.pid), manager.names()
     for step in range(2, 5):
         daemon.kill()
         daemon = manager.start(place, failpoints="commit.put=hang@2")
@@ -119,7 +124,7 @@ def test_d6_trainers_that_live_hand_off_again_and_nothing_is_held_twice(
         save(job, step + 1, is_committed=False)
         assert manager.names() == stored
         assert arenas_of(daemon.pid) == held
-        assert descriptors_of(daemon.pid) == records_of(daemon.pid) == 2
+        assert count_held(daemon.pid) == count
     all_do(job, "status", step=5)
     daemon.kill()
     daemon = manager.start(place)
@@ -162,7 +167,7 @@ def test_p2_after_a_goodbye_the_manager_holds_nothing_of_ours(
     for name in stored:
         assert f"FDNAME={name}" in manager.said
     assert manager.said.count("FDSTOREREMOVE=1") == 4
-    wait_until(lambda: descriptors_of(daemon.pid) == records_of(daemon.pid) == 0, "all is let go")
+    wait_until(lambda: count_held(daemon.pid) == (0, 0), "all is let go")
 
 
 def test_p2_crashes_of_trainers_leave_one_arena_of_each_rank(
@@ -228,9 +233,44 @@ def test_r1_a_record_with_a_flipped_byte_sends_the_job_to_the_newest_checkpoint(
     save(again, 2)
 
 
-def test_a_store_that_is_full_costs_only_what_it_does_not_take(place: Place) -> None:
-    with ServiceManager(f"@ckptd-{uuid.uuid4().hex}", most=3) as manager:
-        daemon = manager.start(place)
-        store = place.store()
-        del store
-        assert daemon.is_running
+# --- secrets -------------------------------------------------------------------------------------
+
+
+def test_s7_the_manager_gets_no_secret(
+    place: Place, ranks: Ranks, manager: ServiceManager, moto: S3Server, bucket: str
+) -> None:
+    options = {name: os.environ.get(var, f"CANARY{name}") for name, var in AWS.items()}
+    settings = {
+        "root": f"s3://{bucket}/run",
+        "storage_options": {"endpoint_url": moto.url, **options},
+    }
+
+    def start(seed: int) -> list[Rank]:
+        job = place.job(ranks, 1, CKPTD_SOCKET=place.socket())
+        all_do(job, "open", **settings)
+        all_do(job, "build", seed=seed)
+        return job
+
+    daemon = manager.start(place)
+    digests = save(job := start(1), 1)
+    written = b"".join(contents_of(fd) for fd in manager.fds("-record"))
+    assert bucket.encode() in written
+    assert not [secret for secret in options.values() if secret.encode() in written]
+    daemon.kill()
+    kill(job)
+    manager.start(place)
+    (again,) = start(7)
+    assert again.do("resume") == {"step": 1, "attempt": 1}
+    assert again.do("whence") == "memory"
+    assert again.do("digest") == digests[0]
+
+
+def contents_of(fd: int) -> bytes:
+    """Return what is in a file, its holes left out."""
+    found, at = b"", 0
+    with contextlib.suppress(OSError):  # there is no more
+        while True:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+            end = os.lseek(fd, at, os.SEEK_HOLE)
+            found, at = found + os.pread(fd, end - at, at), end
+    return found

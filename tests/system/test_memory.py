@@ -220,6 +220,18 @@ def test_a_newer_checkpoint_wins_against_what_a_daemon_held(place: Place, ranks:
     assert third[0].do("digest") == digests[0]
 
 
+def test_who_leaves_by_an_error_comes_back_from_memory(place: Place, ranks: Ranks) -> None:
+    daemon = place.daemon()
+    job = begin(place, ranks, [daemon.socket])
+    digests = save(job, 1)
+    job[0].do("abandon")
+    assert "kept in memory" in place.run("status", "--socket", daemon.socket).stdout
+    again = begin(place, ranks, [daemon.socket], seed=7)
+    assert again[0].do("resume") == {"step": 1, "attempt": 1}
+    assert again[0].do("whence") == "memory"
+    assert all_do(again, "digest") == digests
+
+
 def test_who_says_goodbye_for_good_leaves_nothing_in_memory(place: Place, ranks: Ranks) -> None:
     daemon: Daemon = place.daemon()
     job = begin(place, ranks, [daemon.socket])

@@ -152,6 +152,10 @@ class Rank:
     def wait(self, *, timeout_s: float) -> bool:
         return self._ckpt.wait(timeout_s)
 
+    def abandon(self) -> None:
+        """Leave the Checkpointer as an exception does."""
+        self._ckpt.__exit__(ValueError, ValueError("an error"), None)
+
     def close(self) -> None:
         self._ckpt.close()
 
