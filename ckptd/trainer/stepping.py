@@ -41,24 +41,29 @@ class Stepping:
         self._metrics = metrics or dict
 
     def walk(self, steps: Iterable[int], after: int | None) -> Iterator[int]:
-        """Give the steps beyond `after`; what the caller does until the next one is that step."""
+        """Give the steps beyond `after`; what the caller does until the next one is that step.
+
+        The last one is saved with ``wait``, so it is committed when the loop ends.
+        """
         if self._preemption.ask():
             log.warning("preempted before the first step: there is nothing new to save")
             return
-        last = saved = None
-        for step in steps:
-            if after is not None and step <= after:
-                continue
+        left = (step for step in steps if after is None or step > after)
+        step = next(left, None)
+        while step is not None:
             yield step
-            last = step
             if self._preemption.ask():
                 self._save_and_stop(step)
                 return
-            if self._every is not None and step > 0 and step % self._every == 0:
-                self._save(step, metrics=self._metrics())
-                saved = step
-        if self._every is not None and last is not None and last != saved:
-            self._save(last, metrics=self._metrics())
+            following = next(left, None)
+            if self._is_saved(step, is_last=following is None):
+                # Nothing comes after the last one: it is neither left out nor left behind.
+                self._save(step, metrics=self._metrics(), wait=following is None)
+            step = following
+
+    def _is_saved(self, step: int, *, is_last: bool) -> bool:
+        every = self._every
+        return every is not None and (is_last or (step > 0 and step % every == 0))
 
     def _save_and_stop(self, step: int) -> None:
         """Save, and wait for the commit as long as there is time."""

@@ -77,6 +77,14 @@ def test_multiples_are_saved_and_the_last_step() -> None:
     assert walk((), every=3) == ([], [])
 
 
+def test_the_last_step_is_committed_when_the_loop_ends_and_never_left_out() -> None:
+    saves = Saves()
+    list(Stepping(Told(), saves.save, 2, None).walk(range(1, 5), None))  # type: ignore[arg-type]
+    assert [(s, d["wait"]) for s, d in zip(saves.steps, saves.details, strict=True)] == [
+        (2, False), (4, True),
+    ]  # fmt: skip
+
+
 def test_a_job_that_is_preempted_saves_the_step_it_did_and_stops() -> None:
     told = Told(at=4)
     assert walk(range(1, 100), told=told, every=3) == ([1, 2, 3], [3])
