@@ -107,7 +107,7 @@ def test_the_last_save_waits_within_the_grace_and_metrics_go_along() -> None:
     stepping = Stepping(Told(at=3), saves.save, 1, lambda: {"n": next(numbers)})  # type: ignore[arg-type]
     assert list(stepping.walk(range(1, 9), None)) == [1, 2]
     assert saves.details == [
-        {"metrics": {"n": 1}},
+        {"metrics": {"n": 1}, "wait": False},
         {"metrics": {"n": 2}, "wait": True, "deadline_s": 7.0},
     ]
 
