@@ -105,8 +105,7 @@ class Record:
         hello = msgspec.structs.replace(snapshot.hello, storage_options={})
         body = _encoder.encode(snapshot._replace(hello=hello))
         if len(body) > MAX_BYTES:
-            self._write(slot + 1, b"")
-            raise ProtocolError(
+            raise ProtocolError(  # what stands there is of a slot that has moved on
                 f"what describes a snapshot takes {format_bytes(len(body))}; "
                 f"at most {format_bytes(MAX_BYTES)} are kept"
             )

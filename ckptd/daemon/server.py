@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckptd.engine import events as ev
-from ckptd.engine.runner import Outlet, Runner
+from ckptd.engine.replies import without_memory
+from ckptd.engine.runner import Outlet, Runner, Share
 from ckptd.errors import CkptdError, ProtocolError
 from ckptd.shm.arena import Arena
 from ckptd.wire import messages as say
@@ -137,8 +138,8 @@ class Server:
         self._orders.put(lambda: self._send(client, message))
         self.wake()
 
-    def _order_lend(self, client: int, message: say.FromDaemon, fd: int) -> None:
-        self._orders.put(lambda: self._lend(client, message, fd))
+    def _order_lend(self, client: int, message: say.Lent | say.Ceded, share: Share) -> None:
+        self._orders.put(lambda: self._lend(client, message, share))
         self.wake()
 
     def _order_drop(self, client: int) -> None:
@@ -218,7 +219,11 @@ class Server:
         # The channel decodes nothing but the union of what a trainer may say.
         self._runner.post(ev.Said(peer.number, cast("say.FromTrainer", message), peer.pid))
 
-    def _lend(self, client: int, message: say.FromDaemon, fd: int) -> None:
+    def _lend(self, client: int, message: say.Lent | say.Ceded, share: Share) -> None:
+        fd = share() if client in self._peers else None
+        if fd is None:
+            self._send(client, without_memory(message))
+            return
         try:
             self._send(client, message, [fd])
         finally:

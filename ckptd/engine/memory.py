@@ -69,7 +69,7 @@ class Memory:
             if owner is not newest:
                 yield from self._drop(owner)
 
-    def restore(self, event: Restored, now: float) -> Iterator[Effect]:
+    def restore(self, event: Restored, now: float) -> None:
         """Keep what a former daemon had; a trainer that lives comes back for it."""
         newest = max(event.snapshots.values(), key=lambda s: (s.hello.attempt, s.handoff.sequence))
         client = Client(event.client, newest.hello, is_here=False, is_dead=event.is_dead)
@@ -77,8 +77,6 @@ class Memory:
         client.snapshots = dict(event.snapshots)
         self._clients[client.number] = client
         client.kept_until = now + self._keep_s
-        if self._keep_s <= 0:
-            yield from self._drop(client)
 
     def forget(self, client: Client) -> Iterator[Effect]:
         """Keep nothing of a client that said goodbye for good, and nothing for it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import queue
 import random
 import threading
@@ -59,27 +58,29 @@ log = logging.getLogger("ckptd.engine")
 # A part is tried again within its slot; after that the step is ended and everyone hears why.
 _retrying = partial(retrying, attempts=5, total_s=60.0, sleep=time.sleep, rng=random.Random())  # noqa: S311 - jitter
 T = TypeVar("T")
+Share = Callable[[], "int | None"]
 
 
 def _ignore(_client: int) -> None:
     pass
 
 
-def _close(_client: int, _message: FromDaemon, fd: int) -> None:
-    os.close(fd)
+def _lend_nothing(_client: int, _message: Lent | Ceded, _share: Share) -> None:
+    pass
 
 
 class Outlet(NamedTuple):
     """Where messages to clients go. All are called on the engine's thread and must not block.
 
     `handled` is called after each `Said`, so that who says too much can be made to wait. `lend` sends a
-    message with a descriptor, which is its own to close.
+    message with the descriptor that its last argument makes, from any thread and the caller's to close;
+    without one, `without_memory`. So none waits anywhere for its turn to be sent.
     """
 
     send: Callable[[int, FromDaemon], None]
     drop: Callable[[int], None]
     handled: Callable[[int], None] = _ignore
-    lend: Callable[[int, FromDaemon, int], None] = _close
+    lend: Callable[[int, Lent | Ceded, Share], None] = _lend_nothing
 
 
 class Runner:
@@ -308,12 +309,9 @@ class Runner:
             self._outlet.send(effect.client, self._arenas.held(effect))
         elif isinstance(effect, ev.Release):
             self._arenas.release(effect.client, effect.arena)
-        elif (fd := self._arenas.share(*effect.owner)) is not None:
-            self._outlet.lend(effect.client, effect.message, fd)
         else:
-            lent = effect.message
-            nothing = Lent(lent.arena) if isinstance(lent, Lent) else Ceded()
-            self._outlet.send(effect.client, nothing)
+            share = partial(self._arenas.share, *effect.owner)
+            self._outlet.lend(effect.client, effect.message, share)
 
     def _idle(self) -> None:
         self._writer.buffers.trim()

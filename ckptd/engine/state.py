@@ -63,7 +63,7 @@ class Engine:
             case ev.Mapped():
                 yield from self._mapped(event)
             case ev.Restored():
-                yield from self.memory.restore(event, now)
+                self.memory.restore(event, now)
             case ev.Gone():
                 yield from self._gone(event, now)
             case ev.Opened():

@@ -69,7 +69,7 @@ class Channel:
         self._max_queue_bytes = max_queue_bytes
         self._outgoing: deque[_Segment] = deque()
         self._queued_bytes = 0
-        self._room_bytes = max_queue_bytes
+        self._large_bytes = 0  # what is left of a message that is larger than the queue may be
         self._is_cut = False  # a send stopped inside a frame: nothing may follow it
         self._partial_since_s: float | None = None
         self._pid = os.getpid()
@@ -187,22 +187,22 @@ class Channel:
 
         Raises:
             ProtocolError: if more than `max_queue_bytes` would wait, or `MAX_QUEUE_FDS` descriptors:
-                the other end does not read, and is to be dropped. One message may be larger if
-                nothing waits before it; what comes behind has that room beside it.
+                the other end does not read, and is to be dropped. One message may be larger, where
+                nothing waits before it, and does not count for those behind it.
             OSError: no descriptor is left to this process.
         """
         self._check_process()
         data = frames.encode(message)
-        if not self._outgoing:
-            is_large = len(data) > self._max_queue_bytes
-            self._room_bytes = self._max_queue_bytes + (len(data) if is_large else 0)
-        waiting = sum(len(segment.fds) for segment in self._outgoing)
-        if self._queued_bytes + len(data) > self._room_bytes or waiting + len(fds) > MAX_QUEUE_FDS:
+        behind = self._queued_bytes - self._large_bytes + len(data)
+        has_room = behind <= self._max_queue_bytes or not self._outgoing
+        if not has_room or len(fds) + sum(len(s.fds) for s in self._outgoing) > MAX_QUEUE_FDS:
             raise ProtocolError(
                 f"the other end does not read: {format_bytes(self._queued_bytes)} wait for it"
             )
         if fds or not self._outgoing:
             self._outgoing.append(_Segment(bytearray(), [os.dup(fd) for fd in fds]))
+        if len(data) > self._max_queue_bytes:
+            self._large_bytes = len(data)
         self._outgoing[-1].data += data
         self._queued_bytes += len(data)
 
@@ -231,6 +231,7 @@ class Channel:
         segment.close()
         del segment.data[:sent]
         self._queued_bytes -= sent
+        self._large_bytes = max(0, self._large_bytes - sent)
         if not segment.data:
             self._outgoing.popleft()
 

@@ -89,6 +89,7 @@ def test_p5_a_paused_daemon_changes_nothing_that_another_one_committed(
         trainer.finished.clear()
         trainer.connect(paused.socket).offer(10)
         assert trainer.outcome(10).state == "committed"
+        trainer.hang_up()  # or it would be waited for
         assert paused.end() == 0
         assert files(place.root) == before
     assert assert_all_whole(store) == [10]
@@ -119,6 +120,7 @@ def test_d4_a_paused_committer_meets_the_tombstone_that_came_first(place: Place)
         trainer.finished.clear()
         trainer.connect(paused.socket).say(trainer.handoffs[10])
         assert trainer.outcome(10).state == "failed"
+        trainer.hang_up()  # or it would be waited for
         assert paused.end() == 0
     assert committed_steps(store) == []
     store.close()

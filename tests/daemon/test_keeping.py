@@ -330,6 +330,8 @@ def a_record_that_makes_no_sense(_manager: ServiceManager) -> dict[str, int]:
 
 def other_memory(_manager: ServiceManager) -> dict[str, int]:
     with Arena.create(2, 8192) as other:
+        other.slot(0).begin(10, 10)
+        other.slot(0).finish()  # of the same generation even
         return {"arena": os.dup(other.fileno())}
 
 
@@ -396,6 +398,16 @@ def test_a_name_that_comes_twice_is_taken_once(manager: ServiceManager, arena: A
     assert open_fds() == before - 2  # the manager's
 
 
+def test_a_manager_that_is_full_costs_only_what_it_does_not_take(arena: Arena) -> None:
+    with ServiceManager(f"@ckptd-{uuid.uuid4().hex}", most=2) as manager:
+        life = Life(manager, arena)
+        saved = life.save(10)
+        with Arena.create(1, 8192) as other:
+            life.keeping.keep_arena(2, say.Arena(1, 1, 8192), other, 0)
+            (back,) = take_back(manager)
+            assert back.event.snapshots == {0: saved}
+
+
 # --- bounds and errors ---------------------------------------------------------------------------
 
 
@@ -407,6 +419,8 @@ def test_s2_a_region_is_bounded(
     life.save(10, 0)
     kept = life.save(20, 1)
     life.save(30, 0, values=b" " * 2000)
+    written = os.pread(life.record(), 8, REGION_BYTES + 8)  # the length
+    assert int.from_bytes(written, "little") <= 2000
     (back,) = take_back(manager)
     assert back.event.snapshots == {1: kept}
 

@@ -13,7 +13,7 @@ import pytest
 
 from ckptd.errors import DaemonUnavailableError
 from ckptd.model.keys import StepId
-from tests.fakes.jobs import Place
+from tests.fakes.jobs import Place, Process
 from tests.fakes.trainers import (
     FakeTrainer,
     assert_all_whole,
@@ -55,6 +55,13 @@ def offer_all(ranks: list[FakeTrainer], step: int) -> bool:
     return None not in words
 
 
+def end(daemon: Process, ranks: list[FakeTrainer]) -> int:
+    """Let a daemon go, which waits for its clients; return its exit code."""
+    for trainer in ranks:
+        trainer.hang_up()
+    return daemon.end()
+
+
 def recover(place: Place, ranks: list[FakeTrainer], step: int) -> None:
     """Check what a killed daemon left, and let a new one finish the step."""
     store = place.store()
@@ -63,7 +70,7 @@ def recover(place: Place, ranks: list[FakeTrainer], step: int) -> None:
     daemon = place.daemon()
     assert offer_all(ranks, step)
     assert [trainer.finished[step].state for trainer in ranks] == ["committed"] * 2
-    assert daemon.end() == 0
+    assert end(daemon, ranks) == 0
     assert assert_all_whole(store) == list(range(10, step + 10, 10))
     assert_holds(store, StepId(attempt=1, step=step), contents(step))
     assert place.temporary_files() == []
@@ -79,7 +86,7 @@ def test_d6_a_daemon_killed_anywhere_in_a_save_loses_nothing(place: Place, point
             for trainer in ranks:
                 trainer.fill(step, turn)
             if offer_all(ranks, step):
-                assert daemon.end() == 0
+                assert end(daemon, ranks) == 0
                 assert turn > 1
                 return
             assert daemon.wait() == -9
@@ -106,7 +113,7 @@ def test_d6_a_daemon_killed_while_it_ends_a_step_leaves_no_checkpoint_of_it(
                 assert trainer.finished[step].state == "failed"
                 assert "rank 1" in trainer.finished[step].reason
             # What rank 0 still stores of an ended step may be where the daemon dies.
-            code = daemon.end()
+            code = end(daemon, ranks)
             assert code == 0 or is_over
             assert committed_steps(store) == []
             assert place.temporary_files() == []
@@ -153,7 +160,7 @@ def test_d5_d11_a_failing_step_of_a_save_is_told_truly_and_later_saves_work(plac
                 last += words
             failed += last.count("failed")
             assert last[-1] == "committed"
-            assert daemon.end() == 0
+            assert end(daemon, ranks) == 0
         store = place.store()
         said = [step for step, word in ranks[0].finished.items() if word.state == "committed"]
         assert assert_all_whole(store) == said
@@ -174,5 +181,5 @@ def test_e1_a_daemon_killed_on_its_way_out_has_lost_nothing(place: Place) -> Non
             trainer.connect().save(10, 1)
         for trainer in ranks:
             trainer.outcome(10)
-        assert daemon.end() == -9
+        assert end(daemon, ranks) == -9
         recover(place, ranks, 10)

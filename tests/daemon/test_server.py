@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -110,3 +112,30 @@ def test_p6_a_signal_that_another_thread_gets_wakes_the_one_that_serves(tmp_path
     unlisten(path, listener)
     assert in_time == [True]
     assert signal.set_wakeup_fd(-1) == -1, "its descriptor is closed"
+
+
+def test_the_death_of_a_process_without_a_connection_is_told_and_its_number_stays_free(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "s")
+    listener = listen(path)
+    runner = SlowRunner()
+    server = Server(listener.socket, {os.geteuid()})
+    dies = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    server.follow(3, os.pidfd_open(dies.pid))
+    server.follow(7, os.pidfd_open(os.getpid()))
+    server.follow(5, None)
+    thread = threading.Thread(target=server.serve, args=[runner])
+    thread.start()
+    with connect(path, deadline_s=10.0) as client:
+        client.sendall(frames.encode(say.Ask()))
+        wait_until(lambda: runner.events, "the client is heard")
+        assert runner.events.pop() == ev.Said(8, say.Ask(), os.getpid())
+        dies.communicate()
+        wait_until(lambda: runner.events, "the death is heard")
+        assert runner.events.pop() == ev.Gone(3, is_dead=True)
+    fds = len(os.listdir("/proc/self/fd"))
+    server.stop()
+    thread.join()
+    assert len(os.listdir("/proc/self/fd")) < fds - 1
+    unlisten(path, listener)

@@ -13,12 +13,12 @@ from tests.fakes.engines import Bench, announce, handoff, join_with, left_by, of
 WISH = say.Claim(1, 8192)
 
 
-def claim(bench: Bench, client: int, wish: say.Claim = WISH) -> int | None | str:
+def claim(bench: Bench, client: int, wish: say.Claim = WISH) -> int | str | None:
     """Claim; return whose arena was ceded, None for none, or "later"."""
     return answer(bench.say(client, wish), client)
 
 
-def answer(effects: list[Effect], client: int) -> int | None | str:
+def answer(effects: list[Effect], client: int) -> int | str | None:
     lends = [lend for lend in of(ev.Lend, effects) if lend.client == client]
     if lends:
         (lend,) = lends

@@ -103,10 +103,8 @@ class World(RuleBasedStateMachine):
             used = {(store.client, store.arena) for store in self.storing.values()}
             assert (effect.client, effect.arena) not in used, "memory that is being read"
             self.released.add((effect.client, effect.arena))
-        elif isinstance(effect, ev.ShowHeld):
-            self.check_shown(effect)
-        elif isinstance(effect, ev.Lend):
-            self.check_lent(effect)
+        elif isinstance(effect, (ev.ShowHeld, ev.Lend)):
+            self.check_memory(effect)
         elif isinstance(effect, ev.Drop):
             for trainer in self.trainers:
                 if trainer.client == effect.client:
@@ -173,7 +171,10 @@ class World(RuleBasedStateMachine):
                     assert is_there or self.is_closed(save.step), "written before it was"
                     save.is_written = True
 
-    def check_shown(self, effect: ev.ShowHeld) -> None:
+    def check_memory(self, effect: ev.ShowHeld | ev.Lend) -> None:
+        if isinstance(effect, ev.Lend):
+            self.check_lent(effect)
+            return
         for arena, row in effect.snapshots:
             owner = self.clients[row.arena]
             assert owner.client != row.arena, "its writer is here"

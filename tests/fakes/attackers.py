@@ -250,7 +250,10 @@ def with_arena(
             if is_dropped:
                 client.wait_hung_up()
             else:
-                assert b"failed" in client.socket.recv(65536)
+                said = b""
+                while b"failed" not in said:  # that it was taken comes before that
+                    said += (more := client.socket.recv(65536))
+                    assert more, said
             del slot
 
     attack.__name__ = name

@@ -142,7 +142,6 @@ def march(
             time.sleep(pause_s)
             book.note(step, "begun")
             handle = checkpointer.save(step, state)
-            book.note(step, "saved")
             watch.add(handle)
             if wait_every and step % wait_every == 0:
                 handle.wait_committed()

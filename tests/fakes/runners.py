@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import msgspec
 import numpy as np
 
 from ckptd.engine import events as ev
-from ckptd.engine.runner import Outlet, Runner
+from ckptd.engine.replies import without_memory
+from ckptd.engine.runner import Outlet, Runner, Share
 from ckptd.engine.state import Engine
 from ckptd.model.box import Box
 from ckptd.model.columns import Columns, Piece
@@ -48,8 +50,10 @@ class Bench:
 
     def __init__(self, *, linger_s: float | None = None) -> None:
         self.runner = Runner(
-            Engine(linger_s=linger_s, trim_s=0.0), Outlet(self._send, self._drop), workers=2
-        )
+            Engine(linger_s=linger_s, trim_s=0.0),
+            Outlet(self._send, self._drop, lend=self._lend), workers=2,
+        )  # fmt: skip
+        self.fds: list[int] = []  # that went beside messages and nobody took, the newest last
         self.said: list[tuple[int, say.FromDaemon]] = []
         self.dropped: list[int] = []
         self.code: int | None = None
@@ -80,6 +84,8 @@ class Bench:
         if self._is_started:
             self.runner.post(ev.StopAsked(0.0))
             self._thread.join(WAIT_S)
+        while self.fds:
+            os.close(self.fds.pop())
 
     def wait_exit(self) -> int:
         self._thread.join(WAIT_S)
@@ -93,6 +99,12 @@ class Bench:
         with self._changed:
             self.said.append((client, message))
             self._changed.notify_all()
+
+    def _lend(self, client: int, message: say.Lent | say.Ceded, share: Share) -> None:
+        fd = share()
+        if fd is not None:
+            self.fds.append(fd)
+        self._send(client, message if fd is not None else without_memory(message))
 
     def _drop(self, client: int) -> None:
         with self._changed:

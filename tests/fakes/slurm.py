@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -10,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.fakes.jobs import PATIENCE_S, Process, wait_until
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"))
 KILL_WAIT_S = 5  # from Slurm's SIGTERM to its SIGKILL
+_FAILED = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 _CONF = """
 ClusterName=ckptd
@@ -90,7 +93,9 @@ class Slurm:
         self._until(self._is_ready, "slurmctld and slurmd")
 
     def close(self) -> None:
-        """End its processes, the youngest first: slurmd before who it reports to."""
+        """End its jobs, then its processes, the youngest first: slurmd before who it reports to."""
+        if all(process.is_running for process in self._processes[1:]):
+            self._empty()
         for process in reversed(self._processes):
             if process.is_running:
                 process.send(signal.SIGTERM)
@@ -100,6 +105,9 @@ class Slurm:
                 process.kill()
             if process.popen.stdout is not None:
                 process.popen.stdout.close()
+        for pid in _listeners(self.base):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def run(self, *command: str, **env: str) -> str:
         """Run one of Slurm's commands and return what it prints; it must work."""
@@ -119,15 +127,13 @@ class Slurm:
         said = self.run("scontrol", "show", "job", number)
         return dict(re.findall(r"(?:^|\s)([A-Za-z]+)=(\S*)", said))
 
-    def wait_state(self, number: str, *states: str) -> dict[str, str]:
-        """Wait until a job is in one of these states."""
-
-        def reached() -> dict[str, str] | None:
-            found = self.job(number)
-            return found if found["JobState"] in states else None
-
-        found: dict[str, str] = wait_until(reached, f"job {number} is {' or '.join(states)}")
-        return found
+    def wait_job(self, number: str, **expected: str) -> None:
+        """Wait until Slurm says this of a job; it is asked seldom, since each time is a process."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not expected.items() <= (found := self.job(number)).items():
+            assert time.monotonic() < deadline, f"job {number}: {expected}, but {found}"
+            assert found["JobState"] not in _FAILED, f"job {number}: {found}"
+            time.sleep(0.2)
 
     @property
     def log(self) -> str:
@@ -165,12 +171,34 @@ class Slurm:
         if not is_true():
             raise OSError(f"{what}: does not start here\n{self.log}")
 
+    def _empty(self) -> None:
+        """End all jobs, which slurmd would leave behind."""
+        deadline = time.monotonic() + 3 * KILL_WAIT_S
+        while self._ask("squeue", "-h") and time.monotonic() < deadline:
+            self._ask("scancel", f"--user={_user()}")
+            time.sleep(0.2)
+
     def _is_ready(self) -> bool:
+        return self._ask("sinfo", "-h", "-o", "%t") == "idle"
+
+    def _ask(self, *command: str) -> str:
+        """Run a command that may fail, for example because nobody answers yet."""
         done = subprocess.run(
-            ["sinfo", "-h", "-o", "%t"], env=self.env, capture_output=True, text=True,
-            timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
-        return done.stdout.strip() == "idle"
+            command, env=self.env, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )
+        return done.stdout.strip()
+
+
+def _listeners(base: Path) -> list[int]:
+    """Return who listens on a socket below `base`: a slurmstepd is known by nothing else."""
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    inodes = {f"socket:[{row[6]}]" for row in rows if row[-1].startswith(f"{base}/")}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
+            if inodes & {os.readlink(fd) for fd in folder.iterdir()}:
+                found.append(int(folder.parent.name))
+    return found
 
 
 def _user() -> str:

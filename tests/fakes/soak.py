@@ -12,7 +12,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from ckptd.model.keys import StepId
 from ckptd.units import MIB
 from tests.fakes.footprints import Footprint, has_work
 from tests.fakes.jobs import Daemon, Place, Rank, Ranks, all_do, new_place, state_of, wait_until
+from tests.fakes.soak_jobs import Book, Job
 from tests.fakes.soak_plans import ROUNDS, Ground, Plan, Strike
 from tests.fakes.soak_store import Ledger
 
@@ -33,95 +34,42 @@ PRIVATE_BYTES = 256 * MIB
 
 
 class Row(NamedTuple):
-    """What came of a round. `lost` counts the saves that had begun and did not come back."""
+    """What came of a round.
+
+    Attributes:
+        struck: whom the kill hit and when; `is_at_point` if that was a failpoint.
+        is_ridden: the job went on with new daemons before it was ended.
+        has_stumbled: the next attempt was killed while it came back.
+        lost: saves that all ranks had begun and that did not come back.
+        most: what a daemon held at most that had lived through a kill.
+    """
 
     seed: int
     kind: str
     ranks: int
     nodes: int
+    slots: int
     struck: str
+    is_at_point: bool
+    is_ridden: bool
+    has_stumbled: bool
     lost: int
     resumed: str
     source: str
     committed: int
-    stumbles: int
+    most: Footprint
     seconds: float
-
-
-class Book(NamedTuple):
-    """What the ranks of a job had written down when they died, as steps; 0 is none.
-
-    Attributes:
-        begun: whose save some rank had begun.
-        saved: whose save had returned on all ranks.
-        handed_off: of which all ranks had heard that daemons have it.
-        committed: of which some rank had heard that it is committed.
-        stopped: what ended training before the kill.
-    """
-
-    begun: int
-    saved: int
-    handed_off: int
-    committed: int
-    stopped: list[str]
-
-    @classmethod
-    def read(cls, paths: list[Path]) -> Book:
-        """Read the journals of all ranks."""
-        last: list[dict[int, str]] = []
-        begun, committed, stopped = 0, 0, []
-        saved: list[int] = []
-        for path in paths:
-            lines = path.read_text().splitlines() if path.exists() else []
-            notes = [(int(step), what) for step, _, what in (line.partition(" ") for line in lines)]
-            begun = max([begun, *(step for step, what in notes if what == "begun")])
-            committed = max([committed, *(step for step, what in notes if what == "committed")])
-            saved.append(max((step for step, what in notes if what == "saved"), default=0))
-            stopped += [what for _, what in notes if what.startswith("stopped")]
-            last.append({step: what for step, what in notes if what not in ("begun", "saved")})
-        safe = set.intersection(*(
-            {step for step, what in each.items() if what in ("handed_off", "committed")}
-            for each in last
-        ))  # fmt: skip
-        return cls(begun, min(saved), max(safe, default=0), committed, stopped)
-
-
-class Job:
-    """The ranks of one attempt."""
-
-    def __init__(self, ranks: list[Rank], ordinal: int, journals: list[Path]) -> None:
-        self.ranks = ranks
-        self.ordinal = ordinal
-        self.journals = journals
-        self.next_step = 1
-
-    @property
-    def book(self) -> Book:
-        return Book.read(self.journals)
-
-    def id_of(self, step: int) -> StepId | None:
-        """Return the id of a step of this attempt; None for 0."""
-        return StepId(self.ordinal, step) if step else None
-
-    def march(self, seed: int, plan: Plan, *, count: int = 0) -> None:
-        for rank, journal in zip(self.ranks, self.journals, strict=True):
-            rank.order(
-                "march", seed=seed, first=self.next_step, journal=str(journal), count=count,
-                wait_every=plan.wait_every, pause_s=plan.pause_s,
-            )  # fmt: skip
-
-    def kill(self) -> None:
-        for rank in self.ranks:
-            rank.send(signal.SIGKILL)
-        for rank in self.ranks:
-            rank.clear()
 
 
 class Root:
     """A root through several rounds, with the nodes of its job.
 
-    `least` is the step that the next attempt must not come back behind: `certain` whatever happens,
-    `held` as long as no daemon dies.
+    The next attempt must come back with no earlier step than was `certain`, whatever happens, and
+    than was `held`, as long as no daemon dies.
+
+    Attributes:
+        job: what trains, and `resumed` what it came back with, from `source`.
+        most: what a daemon held at most that had lived through a kill.
     """
 
     def __init__(self, place: Place, ranks: Ranks, first: Plan) -> None:
@@ -129,8 +77,8 @@ class Root:
         self.ground = Ground.of(first.seed)
         self.seed = first.seed // ROUNDS
         self.ledger = Ledger(place.root)
-        self.stumbles = 0
         self.most = Footprint(0, 0, 0, 0, 0)
+        self.is_finished = False
         self._ranks = ranks
         self._nodes: list[Daemon] = []
         self._fresh: dict[int, Footprint] = {}  # by pid
@@ -150,7 +98,6 @@ class Root:
         """Strike the job, start it again as the next plan says, and check what came back."""
         began_s = time.monotonic()
         struck, strike = self.job, plan.strike
-        self.stumbles = 0
         struck.march(self.seed, plan)
         has_lost_node = self._strike(strike, struck, random.Random(plan.seed))
         book = struck.book
@@ -169,12 +116,12 @@ class Root:
         if not is_last:
             self._arm(following)
         resumed = self.resumed
-        is_of_struck = resumed is not None and resumed.attempt == struck.ordinal
-        came_to = resumed.step if is_of_struck and resumed else struck.next_step - 1
+        last = max(book.begun, struck.next_step - 1)
         return Row(
-            plan.seed, plan.kind, plan.ranks, self.ground.nodes, _name(strike),
-            max(0, book.begun - came_to), resumed.short if resumed else "none", self.source,
-            len(self.ledger.committed), self.stumbles, time.monotonic() - began_s,
+            plan.seed, plan.kind, plan.ranks, self.ground.nodes, self.ground.slots, _name(strike),
+            bool(strike.point), strike.rides, plan.stumble_s is not None,
+            max(0, last - (resumed.step if resumed else 0)), resumed.short if resumed else "none",
+            self.source, len(self.ledger.committed), self.most, time.monotonic() - began_s,
         )  # fmt: skip
 
     def _strike(self, strike: Strike, job: Job, dice: random.Random) -> bool:
@@ -200,7 +147,7 @@ class Root:
 
         def has_begun(saves: int) -> bool:
             book = job.book
-            return book.begun >= first + saves - 1 or bool(book.stopped)
+            return book.latest >= first + saves - 1 or bool(book.stopped)
 
         if not strike.point:
             wait_until(lambda: has_begun(strike.saves), "saves begin")
@@ -219,12 +166,12 @@ class Root:
         """Start daemons again under ranks that train on: nothing may be lost by it."""
         for number in strike.nodes:
             self._nodes[number] = self._start_node(number, "")
-        begun = job.book.begun
+        latest = job.book.latest
 
         def is_over() -> bool:
             book = job.book
             assert not book.stopped, book.stopped
-            return book.committed > begun
+            return book.committed > latest
 
         wait_until(is_over, "the job goes on with another daemon")
 
@@ -281,14 +228,11 @@ class Root:
             rank.order("resume")
         time.sleep(after_s)
         job.kill()
-        self.stumbles += 1
 
     def _learn(self, job: Job, book: Book, *, has_lost_node: bool) -> None:
         """Note what is safe now."""
-        behind = book.saved - self.ground.slots  # its slots were used again: it is written
-        written = job.id_of(behind if behind >= job.next_step else 0)
         self._sees, whole = self.ledger.glance(self._worlds)
-        safe = [self._certain, job.id_of(book.committed), written, whole]
+        safe = [self._certain, job.id_of(book.committed), whole]
         self._certain = max(filter(None, safe), default=None)
         handed_off = job.id_of(book.handed_off)
         self._held = None if has_lost_node else handed_off or self._held
@@ -338,7 +282,9 @@ class Root:
         for rank in ranks:
             assert rank.answer() == {"value": last}, rank.text
         all_do(ranks, "close")
-        assert [rank.end() for rank in ranks] == [0] * len(ranks)
+        for rank in ranks:  # at once: an end takes a while
+            rank.order("exit")
+        assert [rank.wait() for rank in ranks] == [0] * len(ranks)
         for node in self._nodes:
             wait_until(lambda node=node: not has_work(node.socket), "daemons have nothing to do")
             fresh = self._fresh[node.pid]
@@ -349,6 +295,7 @@ class Root:
 
             wait_until(is_back, f"memory goes: {fresh}, then {Footprint.of(node)}")
             assert node.end() in (0, EXIT_UNFINISHED), node.text
+        self.is_finished = True
         self.ledger.check_all()
         assert self.ledger.newest == StepId(self.job.ordinal, last)
         assert self.place.temporary_files() == []
@@ -370,31 +317,43 @@ class RoundError(Exception):
         self.first = first
 
 
-def run_rounds(seed: int, rounds: int, ranks: Ranks, keep: Path | None = None) -> Iterator[Row]:
-    """Run the rounds `seed`, `seed` + 1 and so on; those of one root one after the other.
+def run_rounds(
+    seed: int, rounds: int, ranks: Ranks, *, keep: Path | None = None,
+    is_over: Callable[[], bool] = lambda: False,
+) -> Iterator[Row]:  # fmt: skip
+    """Run the rounds `seed`, `seed` + 1 and so on, until `is_over`; those of one root in a row.
 
     Raises:
         RoundError: something that was promised does not hold. The logs are copied to `keep`.
     """
     end, at = seed + rounds, seed
-    while at < end:
+    while at < end and not is_over():
         first, until = at, min(end, (at // ROUNDS + 1) * ROUNDS)
-        with new_place() as place:
-            try:
+        try:
+            with new_place() as place, _keeping_logs(place, keep):
                 root = Root(place, ranks, Plan.of(first))
-                for at in range(first, until):
+                while not root.is_finished:
                     plan, following = Plan.of(at), Plan.of(at + 1)
-                    yield root.round(plan, following, is_last=at + 1 == until)
-                root.finish(following)
-            except Exception as error:
-                if keep is not None:
-                    _copy_logs(place, keep)
-                raise RoundError(at, first) from error
-        at = until
+                    is_last = at + 1 == until or is_over()
+                    row = root.round(plan, following, is_last=is_last)
+                    if is_last:
+                        root.finish(following)
+                    yield row
+                    at += 1
+        except Exception as error:
+            raise RoundError(min(at, until - 1), first) from error
 
 
-def _copy_logs(place: Place, keep: Path) -> None:
-    keep.mkdir(parents=True, exist_ok=True)
-    for path in place.base.iterdir():
-        if path.is_file():
-            shutil.copy2(path, keep)
+@contextlib.contextmanager
+def _keeping_logs(place: Place, keep: Path | None) -> Iterator[None]:
+    """Copy logs, journals and the names of all objects if the block fails."""
+    try:
+        yield
+    except Exception:
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+            for path in filter(Path.is_file, place.base.iterdir()):
+                shutil.copy2(path, keep)
+            names = sorted(str(path) for path in Path(place.root).rglob("*") if path.is_file())
+            (keep / "root.txt").write_text("\n".join(names))
+        raise

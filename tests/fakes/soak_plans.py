@@ -78,6 +78,7 @@ class Plan(NamedTuple):
         swapped: whether ranks stand on the other nodes than usual.
         wait_every: which saves are awaited; 0: none.
         pause_s: how long a step takes beside its save.
+        is_in_step: whether ranks meet in each step.
         stumble_s: how long after it began its `resume` an attempt before this one is killed; None:
             there is none.
     """
@@ -88,6 +89,7 @@ class Plan(NamedTuple):
     swapped: int
     wait_every: int
     pause_s: float
+    is_in_step: bool
     stumble_s: float | None
     strike: Strike
 
@@ -103,6 +105,7 @@ class Plan(NamedTuple):
             swapped=dice.randrange(ground.nodes),
             wait_every=dice.choice([0, 2, 3, 5]),
             pause_s=dice.choice([0.0, 0.002, 0.02]),
+            is_in_step=dice.random() < 0.8,
             stumble_s=dice.uniform(0.0, 0.3) if dice.random() < 0.2 else None,
             strike=_strike(dice, kind, ranks, ground.nodes),
         )  # fmt: skip

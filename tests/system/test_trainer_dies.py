@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+from contextlib import suppress
 
 import pytest
 
@@ -22,7 +23,7 @@ def path_of(place: Place) -> str:
 
 def start(place: Place, ranks: Ranks, **settings: object) -> Rank:
     """Give a rank that has trained, with a Checkpointer."""
-    (rank,) = place.job(ranks, 1, CKPTD_LINGER_S="0.5")
+    (rank,) = place.job(ranks, 1, CKPTD_LINGER_S="0.5", CKPTD_DRAIN_S="0.5")
     rank.do("build")
     rank.do("open", root=place.root, **settings)
     rank.do("train")
@@ -30,7 +31,7 @@ def start(place: Place, ranks: Ranks, **settings: object) -> Rank:
 
 
 def stop_daemons(place: Place) -> None:
-    """End the daemons that trainers started, as an operator would."""
+    """End the daemons that trainers started, as an operator would; for those they wait a while."""
     for pid in place.pids():
         os.kill(pid, signal.SIGTERM)
     wait_until(lambda: not place.pids(), "daemons end")
@@ -143,7 +144,7 @@ def test_d6_both_die_and_the_next_job_goes_on(place: Place, ranks: Ranks) -> Non
 def test_d6_both_die_in_the_middle_of_a_chunk_and_the_older_step_comes_back(
     place: Place, ranks: Ranks
 ) -> None:
-    place.daemon(path_of(place))
+    place.daemon(path_of(place), CKPTD_DRAIN_S="0.5")
     rank = start(place, ranks)
     rank.do("save", step=1)
     rank.do("result", step=1)
@@ -250,7 +251,8 @@ def test_p6_a_daemon_that_is_told_to_go_is_replaced_without_a_lost_save(
         if step % 2:
             wait_until(lambda: is_serving(path_of(place)), "a daemon serves")
             for pid in place.pids():
-                os.kill(pid, signal.SIGTERM)
+                with suppress(ProcessLookupError):  # one that was told before is on its way out
+                    os.kill(pid, signal.SIGTERM)
     for step in range(1, 6):
         assert rank.do("result", step=step) == step
     rank.do("close")

@@ -9,12 +9,24 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from ckptd.errors import DaemonUnavailableError, ProtocolError
 from ckptd.wire import frames
-from ckptd.wire.channel import Channel
-from ckptd.wire.messages import Arena, Ask, FromDaemon, FromTrainer, Report, Settled
+from ckptd.wire.channel import MAX_QUEUE_BYTES, MAX_QUEUE_FDS, Channel
+from ckptd.wire.messages import (
+    Arena,
+    Ask,
+    Ceded,
+    FromDaemon,
+    FromTrainer,
+    Lent,
+    Report,
+    Settled,
+    Stop,
+)
+from tests.fakes.engines import handoff, recipe
 
 ARENA = Arena(1, 1, 8192)
 
@@ -199,6 +211,181 @@ def test_writing_to_a_closed_peer_says_so(pair: tuple[Channel, Channel]) -> None
     trainer.close()
     daemon.queue(Settled())
     assert daemon.write_ready() is False
+
+
+# --- queued, with descriptors ------------------------------------------------------------------
+
+
+def flow(daemon: Channel, trainer: Channel) -> Iterator[tuple[object, int | None]]:
+    """Let what is queued through; give each message with the descriptor that it announces."""
+    while daemon.wants_write:
+        assert daemon.write_ready()
+        for message in trainer.read_ready() or []:
+            has_fd = isinstance(message, (Lent, Ceded)) and message.slots > 0
+            yield message, trainer.take_fd() if has_fd else None
+
+
+def inode_of(fd: int) -> int:
+    return os.fstat(fd).st_ino
+
+
+def test_queued_descriptors_come_in_order_each_with_its_message(
+    pair: tuple[Channel, Channel],
+) -> None:
+    trainer, daemon = pair
+    trainer.accept_large_frames()
+    fds = [os.memfd_create(str(i)) for i in range(3)]
+    messages = [
+        Lent(1, 1, 8192),
+        Settled(),
+        Ceded(1, 8192),
+        Report(b"x" * (1 << 20)),
+        Lent(2, 1, 1),
+    ]
+    with same_fds():
+        for message in messages:
+            has_fd = isinstance(message, (Lent, Ceded))
+            own = fds[
+                sum(isinstance(m, (Lent, Ceded)) for m in messages[: messages.index(message)])
+            ]
+            daemon.queue(message, [own] if has_fd else [])
+        got = []
+        inodes = []
+        for message, fd in flow(daemon, trainer):
+            got.append(message)
+            if fd is not None:
+                inodes.append(inode_of(fd))
+                os.close(fd)
+    assert got == messages
+    assert inodes == [inode_of(fd) for fd in fds], "and those that queued them have them still"
+    assert trainer.taken_fds == []
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_queued_descriptor_never_comes_before_its_message_begins(
+    pair: tuple[Channel, Channel],
+) -> None:
+    trainer, daemon = pair
+    trainer.accept_large_frames()
+    fd = os.memfd_create("x")
+    daemon.queue(Report(b"x" * (2 << 20)))
+    daemon.queue(Ceded(1, 8192), [fd])
+    os.close(fd)
+    got: list[object] = []
+    while not got:
+        assert daemon.write_ready()
+        assert trainer.taken_fds == []
+        got += trainer.read_ready() or []
+    while Ceded(1, 8192) not in got:
+        assert daemon.write_ready()
+        got += trainer.read_ready() or []
+    os.close(trainer.take_fd())
+
+
+def test_a_queued_descriptor_is_closed_when_it_was_sent(pair: tuple[Channel, Channel]) -> None:
+    trainer, daemon = pair
+    trainer.accept_large_frames()
+    fd = os.memfd_create("x")
+    before = len(open_fds())
+    daemon.queue(Lent(1, 1, 8192, handoff(1, 1)), [fd])
+    assert len(open_fds()) == before + 1, "the caller's may be closed at once"
+    assert daemon.write_ready()
+    assert len(open_fds()) == before
+    os.close(fd)
+
+
+def test_p2_descriptors_that_were_never_sent_are_closed_with_the_channel(
+    raw: tuple[socket.socket, Channel],
+) -> None:
+    _, daemon = raw
+    fd = os.memfd_create("x")
+    before = len(open_fds())
+    daemon.queue(Report(b"x" * (4 << 20)))
+    assert daemon.write_ready()
+    for _ in range(3):
+        daemon.queue(Ceded(1, 8192), [fd])
+    daemon.close()
+    assert len(open_fds()) == before - 1, "only the socket"
+    assert not daemon.wants_write
+    os.close(fd)
+
+
+def test_s6_a_slow_reader_cannot_use_the_daemons_descriptors_up(
+    raw: tuple[socket.socket, Channel],
+) -> None:
+    _, daemon = raw
+    fd = os.memfd_create("x")
+    daemon.queue(Report(b"x" * (4 << 20)))
+    assert daemon.write_ready()
+    for _ in range(MAX_QUEUE_FDS):
+        daemon.queue(Ceded(1, 8192), [fd])
+    before = len(open_fds())
+    with pytest.raises(ProtocolError, match="does not read"):
+        daemon.queue(Ceded(1, 8192), [fd])
+    assert len(open_fds()) == before
+    daemon.queue(Settled())
+    os.close(fd)
+
+
+LARGE = Lent(1, 1, 8192, handoff(1, 1), recipe())
+
+
+def large(count: int) -> Lent:
+    """Return a message with values of so many bytes."""
+    return msgspec.structs.replace(LARGE, handoff=msgspec.structs.replace(
+        LARGE.handoff, values=b"x" * count
+    ))  # fmt: skip
+
+
+def test_a_message_larger_than_the_queue_passes_if_nothing_waits(
+    pair: tuple[Channel, Channel],
+) -> None:
+    trainer, daemon = pair
+    trainer.accept_large_frames()
+    fd = os.memfd_create("x")
+    message = large(MAX_QUEUE_BYTES + 1)
+    daemon.queue(message, [fd])
+    daemon.queue(Stop("the node goes"))  # a word behind it is no reason to drop anybody
+    (lent, got), (stop, _) = flow(daemon, trainer)
+    assert lent == message
+    assert got is not None
+    assert inode_of(got) == inode_of(fd)
+    assert stop == Stop("the node goes")
+    os.close(got)
+    os.close(fd)
+
+
+def test_s6_behind_a_large_message_no_more_waits_than_ever(
+    pair: tuple[Channel, Channel],
+) -> None:
+    trainer, daemon = pair
+    trainer.accept_large_frames()
+    large = Report(b"x" * (MAX_QUEUE_BYTES + 1))
+    daemon.queue(large)
+    assert daemon.write_ready()
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="does not read"):
+            daemon.queue(large)
+    list(flow(daemon, trainer))
+    daemon.queue(Report(b"x" * (1 << 20)))
+    with pytest.raises(ProtocolError, match="does not read"):
+        daemon.queue(large)
+    list(flow(daemon, trainer))
+    daemon.queue(large)
+
+
+def test_a_message_beyond_a_frame_is_refused_and_leaves_the_queue_as_it_was(
+    raw: tuple[socket.socket, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, daemon = raw
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 1 << 20)
+    with same_fds():
+        fd = os.memfd_create("x")
+        with pytest.raises(ProtocolError, match="cannot be sent"):
+            daemon.queue(large(1 << 20), [fd])
+        os.close(fd)
+    assert not daemon.wants_write
 
 
 @pytest.mark.parametrize("count", [3, 253])
