@@ -179,6 +179,7 @@ class Runner:
             self.post(ev.Opened(effect.client))
 
     def _open_store(self, hello: Hello) -> None:
+        failpoints.hit("root.open")
         name = json.dumps([hello.root, hello.storage_options], sort_keys=True, default=str)
         with self._stores_lock:
             store = self._opened.get(name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,13 @@ class Place(NamedTuple):
     socket: str
     root: str
     runner: Runner
+    events: list[ev.Event]
+
+    def gone(self, number: int = 1) -> list[bool]:
+        """Return what was told of the end of a connection: whether its process was dead."""
+        return [
+            e.is_dead for e in list(self.events) if isinstance(e, ev.Gone) and e.client == number
+        ]
 
     def trainer(self, attempt: int) -> FakeTrainer:
         return FakeTrainer(self.socket, self.root, attempt=attempt)
@@ -47,13 +56,16 @@ def place(tmp_path: Path) -> Iterator[Place]:
     listener = listen(path)
     server = Server(listener.socket, {os.geteuid()})
     runner = Runner(Engine(linger_s=None), server.outlet, workers=1)
+    events: list[ev.Event] = []
+    post = runner.post
+    runner.post = lambda event: (events.append(event), post(event))[1]  # type: ignore[method-assign]
     threads = [
         threading.Thread(target=server.serve, args=[runner]),
         threading.Thread(target=runner.run),
     ]
     for thread in threads:
         thread.start()
-    yield Place(path, store.url, runner)
+    yield Place(path, store.url, runner, events)
     runner.post(ev.StopAsked(0.0))
     threads[1].join()
     server.stop()
@@ -218,6 +230,38 @@ def test_s6_memory_announced_before_a_hello_leaves_no_descriptor(place: Place) -
             with pytest.raises(DaemonUnavailableError):
                 trainer.wait_for(say.Welcome)
     wait_until(lambda: open_fds() == before, "descriptors are closed")
+
+
+LEAVES = """
+import socket, sys
+with socket.socket(socket.AF_UNIX) as client:
+    client.connect(sys.argv[1])
+    client.sendall(bytes.fromhex(sys.argv[2]))
+    client.recv(1)
+input()
+"""
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_p3_the_death_of_who_will_come_again_is_told_after_its_goodbye(
+    place: Place, keeps: bool
+) -> None:
+    with place.trainer(1) as trainer:
+        words = [trainer.hello, say.Goodbye(keeps), say.Ask()]
+        data = b"".join(frames.encode(message) for message in words)
+        child = subprocess.Popen(
+            [sys.executable, "-c", LEAVES, place.socket, data.hex()], stdin=subprocess.PIPE
+        )
+        wait_until(place.gone, "its connection has ended")
+        assert place.gone() == [False]
+        child.communicate(b"\n")
+        with Newcomer(place, 2):  # heard by the thread that would hear of the death, and after it
+            pass
+    if keeps:
+        wait_until(lambda: place.gone() == [False, True], "its process has ended")
+    else:
+        wait_until(lambda: len(place.gone(2)) > 0, "the other one has left")
+        assert place.gone() == [False]
 
 
 def test_a_word_to_stop_reaches_a_trainer_over_another_connection(place: Place) -> None:

@@ -21,7 +21,8 @@ from ckptd.store.root import create_root
 from ckptd.units import MIB
 from ckptd.wire import messages as say
 from ckptd.wire.address import is_serving
-from tests.fakes.jobs import Place, Process, wait_until
+from tests.fakes.cycles import crash_trainers
+from tests.fakes.jobs import Daemon, Place, Process, wait_until
 from tests.fakes.trainers import FakeTrainer, assert_all_whole, committed_steps
 
 pytestmark = pytest.mark.system
@@ -172,6 +173,16 @@ def test_p6_a_snapshot_that_comes_after_the_signal_is_committed_and_then_the_dae
     store.close()
 
 
+def test_p6_a_root_that_does_not_open_cannot_keep_a_daemon(place: Place) -> None:
+    """There is no work that could be left over, but a thread that will never come back."""
+    daemon = place.daemon(failpoints="root.open=hang", CKPTD_DRAIN_S="0.3")
+    with FakeTrainer(daemon.socket, place.root) as trainer:
+        trainer.dial().say(trainer.hello)
+        assert trainer.report()
+        daemon.send(signal.SIGTERM)
+        assert daemon.wait(20.0) == 6
+
+
 def test_p6_a_daemon_does_not_wait_for_clients_beyond_its_deadline(place: Place) -> None:
     daemon = place.daemon(CKPTD_DRAIN_S="0.3")
     with save(place) as trainer:
@@ -238,6 +249,36 @@ def test_p6_a_disk_that_does_not_answer_cannot_keep_a_daemon(place: Place, point
     store.close()
 
 
+def insist(daemon: Daemon) -> int:
+    """Send SIGTERM until the daemon is gone: what comes right behind the first is its echo."""
+
+    def is_gone() -> bool:
+        if daemon.is_running:
+            daemon.send(signal.SIGTERM)
+        return not daemon.is_running
+
+    wait_until(is_gone, "the daemon goes")
+    return daemon.wait()
+
+
+def test_e1_an_echo_of_the_first_signal_and_warnings_to_a_group_end_no_daemon(
+    place: Place,
+) -> None:
+    daemon = place.daemon(CKPTD_DRAIN_S="600")
+    store = place.store()
+    with FakeTrainer(daemon.socket, place.root) as trainer:
+        trainer.connect()
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGTERM):
+            daemon.send(number)
+        daemon.send(signal.SIGTERM)
+        wait_until(lambda: trainer.report()["is_draining"], "the daemon drains")
+        trainer.save(10, 1)
+        assert trainer.outcome(10).state == "committed"
+    assert daemon.wait() == 0
+    assert assert_all_whole(store) == [10]
+    store.close()
+
+
 def test_p6_a_second_signal_ends_a_daemon_at_once(place: Place) -> None:
     daemon = place.daemon(CKPTD_DRAIN_S="600")
     with FakeTrainer(daemon.socket, place.root, world_size=2) as trainer:
@@ -245,8 +286,7 @@ def test_p6_a_second_signal_ends_a_daemon_at_once(place: Place) -> None:
         assert trainer.report()["jobs"][0]["open"]
         daemon.send(signal.SIGTERM)
         wait_until(lambda: trainer.report()["is_draining"], "the daemon drains")
-        daemon.send(signal.SIGTERM)
-        assert daemon.wait() == 128 + signal.SIGTERM
+        assert insist(daemon) == 128 + signal.SIGTERM
     place.daemon()  # nothing is in its way
 
 
@@ -260,8 +300,7 @@ def test_p6_a_second_signal_in_the_middle_of_a_save_leaves_nothing_half(
         trainer.connect().save(10, 1)
         daemon.send(signal.SIGTERM)
         wait_until(lambda: trainer.report()["is_draining"], "the daemon drains")
-        daemon.send(signal.SIGTERM)
-        assert daemon.wait() == 128 + signal.SIGTERM
+        assert insist(daemon) == 128 + signal.SIGTERM
         assert assert_all_whole(store) in ([], [10])
         place.daemon()
         trainer.outcome(10)
@@ -377,6 +416,16 @@ def test_p2_a_thousand_trainers_that_vanish_leave_nothing(place: Place) -> None:
     wait_until(lambda: daemon.fd_count() <= fds + 2, "descriptors go")
     assert place.temporary_files() == []
     save(place, step=100_000).close()
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.nightly)])
+@pytest.mark.timeout(1800)
+def test_p2_trainers_that_die_with_snapshots_in_memory_leave_nothing(
+    place: Place, count: int
+) -> None:
+    """Real ones, killed at every point of their life: some inherit what another left, and die too."""
+    *_, last = crash_trainers(place, count)
+    assert (last.crashes, last.held.arenas, last.held.mapped_bytes) == (count, 0, 0)
 
 
 def arenas(daemon: Process) -> int:

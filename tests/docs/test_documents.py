@@ -17,7 +17,9 @@ from ckptd.cli.main import COMMANDS, EXIT_CODES
 from ckptd.config import daemon_config
 
 PROJECT = Path(__file__).parents[2]
-DOCUMENTS = sorted([p for part in ("*", "docs/*", "deploy/*/*") for p in PROJECT.glob(f"{part}.md")])
+DOCUMENTS = sorted(
+    [p for part in ("*", "docs/*", "deploy/*/*") for p in PROJECT.glob(f"{part}.md")]
+)
 DESIGN = (PROJECT / "docs/design.md").read_text()
 OPERATIONS = (PROJECT / "docs/operations.md").read_text()
 

@@ -27,7 +27,7 @@ from tests.fakes.soak_store import Ledger
 
 MOST_SAVES = 12  # a failpoint that nobody came to by then is not waited for
 COMMIT_TIMEOUT_S = 60.0
-DRAIN_S = 1.0
+DRAIN_S = 0.5
 MOST_RANKS = 4
 FDS = 6  # what a daemon may keep open for a root, beyond what it had before its first client
 PRIVATE_BYTES = 256 * MIB
@@ -80,13 +80,13 @@ class Root:
         self.most = Footprint(0, 0, 0, 0, 0)
         self.is_finished = False
         self._ranks = ranks
-        self._nodes: list[Daemon] = []
+        self._nodes: dict[int, Daemon] = {}
         self._fresh: dict[int, Footprint] = {}  # by pid
         self._worlds: dict[int, int] = {}
         self._certain: StepId | None = None
         self._held: StepId | None = None
-        for number in range(self.ground.nodes):
-            self._nodes.append(self._start_node(number, self._point_at(first, number)))
+        numbers = range(self.ground.nodes)
+        self._start_nodes({number: self._point_at(first, number) for number in numbers})
         self._sees: StepId | None = None
         self.resumed: StepId | None = None
         self.job, self.source = self._restart(first)
@@ -102,14 +102,7 @@ class Root:
         has_lost_node = self._strike(strike, struck, random.Random(plan.seed))
         book = struck.book
         self._learn(struck, book, has_lost_node=has_lost_node)
-        for number, node in enumerate(self._nodes):
-            point = "" if is_last else self._point_at(following, number)
-            if not node.is_running:
-                self._nodes[number] = self._start_node(number, point)
-            elif point:
-                self._renew(number, point)
-            else:
-                self._check_footprint(node)
+        self._mend_nodes(following if not is_last else None)
         if plan.stumble_s is not None:
             self._stumble(following, plan.stumble_s)
         self.job, self.source = self._restart(following)
@@ -164,8 +157,7 @@ class Root:
 
     def _ride(self, strike: Strike, job: Job) -> None:
         """Start daemons again under ranks that train on: nothing may be lost by it."""
-        for number in strike.nodes:
-            self._nodes[number] = self._start_node(number, "")
+        self._start_nodes(dict.fromkeys(strike.nodes, ""))
         latest = job.book.latest
 
         def is_over() -> bool:
@@ -244,21 +236,33 @@ class Root:
         strike = plan.strike
         return strike.daemon_point if strike.nodes[:1] == (number,) else ""
 
-    def _start_node(self, number: int, point: str) -> Daemon:
-        node = self.place.daemon(
-            "ab"[number], failpoints=point, CKPTD_DRAIN_S=str(DRAIN_S), CKPTD_TRIM_S="0"
-        )
-        self._fresh[node.pid] = Footprint.of(node)
-        return node
+    def _start_nodes(self, points: dict[int, str]) -> None:
+        """Start daemons, each with the failpoint that it is to die at."""
+        for number, point in points.items():
+            self._nodes[number] = self.place.start_daemon(
+                "ab"[number], failpoints=point, CKPTD_DRAIN_S=str(DRAIN_S), CKPTD_TRIM_S="0"
+            )
+        for number in points:
+            node = self._nodes[number].wait_serving()
+            self._fresh[node.pid] = Footprint.of(node)
 
-    def _renew(self, number: int, point: str) -> None:
-        """End a daemon as an upgrade does: it stores what it has, and its memory is gone."""
-        node = self._nodes[number]
-        code = node.end()
-        assert code in (0, EXIT_UNFINISHED), node.text
-        if code == EXIT_UNFINISHED:  # it waits for ranks elsewhere, who are dead
-            self._held = None
-        self._nodes[number] = self._start_node(number, point)
+    def _mend_nodes(self, following: Plan | None) -> None:
+        """Start dead daemons again, and those that are to die at a failpoint of the next round.
+
+        The latter end as for an upgrade: they store what they have, and their memory is gone.
+        """
+        points = {}
+        for number, node in self._nodes.items():
+            point = self._point_at(following, number) if following is not None else ""
+            if node.is_running and not point:
+                self._check_footprint(node)
+                continue
+            points[number] = point
+            if node.is_running:
+                node.send(signal.SIGTERM)
+                if _wait(node) == EXIT_UNFINISHED:
+                    self._held = None  # it waits for ranks elsewhere, who are dead
+        self._start_nodes(points)
 
     def _check_footprint(self, node: Daemon) -> None:
         """Check that a daemon that lives on holds no more than it may."""
@@ -285,20 +289,33 @@ class Root:
         for rank in ranks:  # at once: an end takes a while
             rank.order("exit")
         assert [rank.wait() for rank in ranks] == [0] * len(ranks)
-        for node in self._nodes:
-            wait_until(lambda node=node: not has_work(node.socket), "daemons have nothing to do")
-            fresh = self._fresh[node.pid]
-
-            def is_back(node: Daemon = node, fresh: Footprint = fresh) -> bool:
-                found = Footprint.of(node)
-                return found.fds <= fresh.fds + FDS and (found.arenas, found.mapped_bytes) == (0, 0)
-
-            wait_until(is_back, f"memory goes: {fresh}, then {Footprint.of(node)}")
-            assert node.end() in (0, EXIT_UNFINISHED), node.text
+        for node in self._nodes.values():
+            self._await_empty(node)
+            node.send(signal.SIGTERM)
+        for node in self._nodes.values():
+            _wait(node)
         self.is_finished = True
         self.ledger.check_all()
         assert self.ledger.newest == StepId(self.job.ordinal, last)
         assert self.place.temporary_files() == []
+
+    def _await_empty(self, node: Daemon) -> None:
+        """Wait until a daemon whose jobs are over holds nothing of theirs."""
+        wait_until(lambda: not has_work(node.socket), "daemons have nothing to do")
+        fresh = self._fresh[node.pid]
+
+        def is_empty() -> bool:
+            found = Footprint.of(node)
+            return found.fds <= fresh.fds + FDS and (found.arenas, found.mapped_bytes) == (0, 0)
+
+        wait_until(is_empty, f"memory goes: {fresh}, then {Footprint.of(node)}")
+
+
+def _wait(node: Daemon) -> int:
+    """Return the exit code of a daemon that was told to go."""
+    code = node.wait()
+    assert code in (0, EXIT_UNFINISHED), node.text
+    return code
 
 
 def _name(strike: Strike) -> str:

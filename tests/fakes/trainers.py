@@ -100,12 +100,17 @@ class FakeTrainer:
 
     # --- talking ---------------------------------------------------------------------------------
 
-    def connect(self, socket: str | None = None) -> FakeTrainer:
-        """Open a new conversation: hello, welcome, arena, recipe."""
+    def dial(self) -> FakeTrainer:
+        """Open a connection, as `ckptd status` does: it may ask for a report."""
         self.hang_up()
-        self.socket = socket or self.socket
         self._channel = Channel(connect(self.socket, deadline_s=10.0), say.FromDaemon)
         self._channel.accept_large_frames()
+        return self
+
+    def connect(self, socket: str | None = None) -> FakeTrainer:
+        """Open a new conversation: hello, welcome, arena, recipe."""
+        self.socket = socket or self.socket
+        self.dial()
         self.say(self.hello)
         self.wait_for(say.Welcome)
         self.say(say.Arena(1, self.arena.slots, self.arena.slot_bytes), [self.arena.fileno()])

@@ -103,9 +103,9 @@ class Rank:
     def prepare(self) -> None:
         self._ckpt.prepare(self.state)
 
-    def save(self, *, step: int, wait: bool = False) -> float:
+    def save(self, *, step: int, **settings: Any) -> float:
         try:
-            self.handles[step] = self._ckpt.save(step, self.state, wait=wait)
+            self.handles[step] = self._ckpt.save(step, self.state, **settings)
         except CkptdError:
             last = self._ckpt._saving._handles[-1]
             if last.step == step:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from ckptd.engine import runner as runner_module
 from ckptd.errors import (
     ConfigError,
     SaveFailedError,
@@ -15,6 +17,11 @@ from ckptd.errors import (
     SaveUnknownError,
     SlotsBusyError,
 )
+from ckptd.model.keys import StepId
+from ckptd.pipeline.catalog import line
+from ckptd.pipeline.verify import verify
+from ckptd.store.local import LocalStore
+from ckptd.store.open import open_store
 from ckptd.trainer import checkpointer as checkpointer_module
 from ckptd.trainer.checkpointer import Checkpointer
 from ckptd.trainer.deadline import Deadline, wait_committed
@@ -23,7 +30,8 @@ from ckptd.trainer.overlap import Overlap
 from ckptd.wire import messages as say
 from tests.fakes.jobs import wait_until
 from tests.fakes.ports import FakeDaemon, FakePort, Script, commit_all, finished, welcome, written
-from tests.fakes.training import make_state, train
+from tests.fakes.stores import Op, _Around
+from tests.fakes.training import bits, make_state, same, train
 
 Start = Callable[..., Checkpointer]
 LONG_S = 600.0
@@ -168,6 +176,56 @@ def test_what_a_daemon_had_written_stays_handed_off(start) -> None:
     trainer.daemon.ports[0].break_off()
     trainer.daemon.until_heard(say.Watch, port=1)
     assert handle.status == "handed_off", "all of it is in the store"
+
+
+# --- what is queued ------------------------------------------------------------------------------
+
+
+class SlowStore(_Around):
+    """Keeps the chunks of all steps waiting but those of one."""
+
+    is_open = threading.Event()
+    quick = 0
+
+    def _before(self, op: Op) -> None:
+        if op.name == "put_deferred" and int(op.key.split("-")[1]) != self.quick:
+            assert self.is_open.wait(60.0)
+
+
+def test_an_urgent_save_is_committed_before_all_that_are_queued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    """Four snapshots are as many as are stored at once; each of them holds buffers and threads."""
+
+    def open_slow(url: str, options: dict[str, object] | None = None) -> SlowStore:
+        return SlowStore(open_store(url, options))
+
+    SlowStore.is_open.clear()
+    SlowStore.quick = 50
+    monkeypatch.setattr(runner_module, "open_store", open_slow)
+    state = make_state()
+    train(state)
+    root = str(tmp_path / "root")
+    with Checkpointer(root, daemon=False, slots=5) as ckpt:
+        queued = [ckpt.save(step, state) for step in (10, 20, 30, 40)]
+        train(state)
+        before = bits(state)
+        handle = ckpt.save(50, state, deadline_s=LONG_S)
+        assert handle.status == "committed"
+        assert [each.is_done for each in queued] == [False] * 4
+        assert [found.step for found in ckpt.checkpoints()] == [50]
+        SlowStore.is_open.set()
+        assert [each.result(LONG_S).step for each in queued] == [10, 20, 30, 40]
+    store = LocalStore(root)
+    assert [verify(store, StepId(1, step), is_data=True).is_whole for step in (10, 50)] == [
+        True
+    ] * 2
+    assert [manifest.step for manifest in line(store)] == [50, 40, 30, 20, 10]
+    store.close()
+    other = make_state(2)
+    with Checkpointer(root, daemon=False) as ckpt:
+        assert ckpt.resume(other).step == 50
+    assert same(bits(other), before)
 
 
 # --- slots ---------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -58,7 +59,10 @@ class Trainer:
         self.daemon = daemon
         self.arenas = [Arena.create(2, round_up(1), is_shared=False) for _ in range(2)]
         self.releases: list[int] = []
-        self.link = Link(daemon.open, hello(attempt=3), give_up_s=give_up_s)
+        self.stops: list[str] = []
+        self.link = Link(
+            daemon.open, hello(attempt=3), give_up_s=give_up_s, on_stop=self.stops.append
+        )  # fmt: skip
 
     def save(self, step: int, sequence: int | None = None, **changes: int) -> Handle:
         handle = Handle(step, sequence or step, lambda _: None)
@@ -361,6 +365,144 @@ def test_begin_finds_a_daemon_before_there_is_anything_to_hand_off(start) -> Non
 def test_settle_does_not_wait_longer_than_asked(start) -> None:
     trainer = start(welcome)
     assert trainer.link.settle(0.01) is False
+
+
+# --- questions, and what the daemon says unasked ------------------------------------------------
+
+
+def lend(port: FakePort, message: say.FromTrainer) -> None:
+    """Answer questions of memory; the descriptors are those of the null device."""
+    welcome(port, message)
+    if isinstance(message, say.Borrow):
+        port.fds.append(os.open(os.devnull, os.O_RDONLY))
+        port.answer(say.Lent(message.arena, 1, 8192))
+    elif isinstance(message, say.Seek):
+        port.answer(say.Held("fake", ()))
+
+
+def test_questions_of_several_threads_get_their_own_answers(start) -> None:
+    trainer = start(lend)
+    arenas: list[tuple[int, int]] = []
+
+    def ask(number: int) -> None:
+        answer = trainer.link.ask(say.Borrow(number, 0, 1), WAIT_S)
+        assert answer is not None
+        assert answer.fd is not None
+        os.close(answer.fd)
+        arenas.append((number, answer.message.arena))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert sorted(arenas) == [(number, number) for number in range(8)]
+    assert trainer.daemon.opened == 1
+
+
+def test_a_question_opens_a_conversation_and_hands_nothing_off(start) -> None:
+    trainer = start(lend)
+    answer = trainer.link.ask(say.Seek(), WAIT_S)
+    assert answer is not None
+    assert answer.message == say.Held("fake", ())
+    assert trainer.daemon.ports[0].kinds() == ["Hello", "Seek"]
+
+
+def test_what_was_handed_off_goes_before_a_question(start) -> None:
+    trainer = start(welcome)
+    trainer.daemon.is_absent = True
+    trainer.link.begin()
+    trainer.daemon.until(lambda: trainer.daemon.opened >= 1)
+    trainer.save(1)
+    asking = threading.Thread(target=trainer.link.ask, args=(say.Seek(), WAIT_S))
+    asking.start()
+    with trainer.daemon.changed:
+        trainer.daemon.is_absent = False
+    trainer.daemon.until_heard(say.Seek)
+    assert trainer.daemon.ports[0].kinds() == ["Hello", "Arena", "Recipe", "Handoff", "Seek"]
+    trainer.link.close()
+    asking.join(WAIT_S)
+    assert not asking.is_alive()
+
+
+def test_p2_a_descriptor_that_comes_too_late_is_closed(start) -> None:
+    trainer = start(welcome)
+    assert trainer.link.ask(say.Borrow(1, 0, 1), 0.0) is None
+    (port,) = trainer.daemon.ports or [None]
+    if port is None:  # it was not sent in time
+        trainer.link.begin()
+        trainer.daemon.until_heard(say.Hello)
+        port = trainer.daemon.ports[0]
+    port.fds.append(os.open(os.devnull, os.O_RDONLY))
+    (fd,) = port.fds
+    port.answer(say.Lent(1, 1, 8192))
+    trainer.poke_until(lambda: port.fds == [])
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(fd)
+
+
+def test_p1_a_daemon_that_refuses_lets_those_who_ask_go(start) -> None:
+    def refuse(port: FakePort, message: say.FromTrainer) -> None:
+        welcome(port, message)
+        if isinstance(message, say.Seek):
+            port.answer(say.Refused("ProtocolError", "of another version"))
+
+    trainer = start(refuse)
+    assert trainer.link.ask(say.Seek(), WAIT_S) is None
+    assert trainer.link.ask(say.Seek(), WAIT_S) is None
+    assert trainer.daemon.opened == 1, "and is not asked again"
+
+
+def test_p1_close_lets_those_who_ask_go(start) -> None:
+    trainer = start(welcome)
+    answers: list[object] = []
+    asking = threading.Thread(
+        target=lambda: answers.append(trainer.link.ask(say.Claim(1, 8192), WAIT_S))
+    )
+    asking.start()
+    trainer.daemon.until_heard(say.Claim)
+    trainer.link.close()
+    asking.join(WAIT_S)
+    assert answers == [None]
+    assert trainer.link.ask(say.Seek(), WAIT_S) is None
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_goodbye_says_whether_the_trainer_will_come_again(start, keeps: bool) -> None:
+    trainer = start(commit_all)
+    trainer.save(1).result(WAIT_S)
+    trainer.link.close(keeps=keeps)
+    assert trainer.daemon.ports[0].heard[-1] == say.Goodbye(keeps)
+
+
+def test_a_word_to_stop_is_passed_on(start) -> None:
+    trainer = start(welcome)
+    trainer.link.begin()
+    trainer.daemon.until_heard(say.Hello)
+    trainer.daemon.ports[0].answer(say.Stop("the node goes"))
+    trainer.poke_until(lambda: trainer.stops == ["the node goes"])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_word_to_stop_that_comes_with_the_welcome_is_not_lost(start, is_first: bool) -> None:
+    def hurry(port: FakePort, message: say.FromTrainer) -> None:
+        if isinstance(message, say.Hello):
+            words = [say.Welcome(), say.Stop("the node goes")]
+            port.answer(*(reversed(words) if is_first else words))
+
+    trainer = start(hurry)
+    trainer.save(1)
+    trainer.daemon.until_heard(say.Handoff)
+    assert trainer.stops == ["the node goes"]
+
+
+def test_a_snapshot_is_handed_off_once_the_daemon_says_so(start) -> None:
+    trainer = start(welcome)
+    handle = trainer.save(1)
+    trainer.daemon.until_heard(say.Handoff)
+    assert handle.status != "handed_off"
+    trainer.daemon.ports[0].answer(say.Taken(7, 7), say.Taken(1, 1))
+    trainer.poke_until(lambda: handle.status == "handed_off")
 
 
 def test_close_says_goodbye_after_everything_was_handed_off(start) -> None:

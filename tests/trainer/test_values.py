@@ -286,7 +286,9 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tree", HOSTILE, ids=lambda t: "an object" if type(t) is object else str(t)[:40])
+@pytest.mark.parametrize(
+    "tree", HOSTILE, ids=lambda t: "an object" if type(t) is object else str(t)[:40]
+)
 def test_a_hostile_tree_is_corrupt(tree) -> None:
     for hostile in (tree, [tree], {"k": tree}, {"$tuple": [tree]}):
         with pytest.raises(CorruptError):
