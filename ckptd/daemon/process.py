@@ -39,10 +39,11 @@ def run_daemon(
 ) -> int:
     """Serve on `config.socket` until told or no longer needed; return the exit code.
 
-    To be called on a process's main thread: it takes SIGTERM and SIGINT and ignores SIGHUP, SIGUSR1 and
-    SIGUSR2, which the whole group gets when a terminal closes or a job is warned. The first signal lets it drain: clients that are
-    connected are served on, since they were told too and their last snapshot is yet to come, until
-    they have left and all is written, for `drain_s` at most. One that comes `_ECHO_S` later or more ends the process at once.
+    To be called on a process's main thread: it takes SIGTERM and SIGINT and ignores SIGHUP, SIGUSR1
+    and SIGUSR2, which the whole group gets when a terminal closes or a job is warned. The first signal
+    lets it drain: clients that are connected are served on, since they were told too and their last
+    snapshot is yet to come, until they have left and all is written, for `drain_s` at most. One that
+    comes `_ECHO_S` later or more ends the process at once.
     With `is_detached` the calling process returns 0 once a child of it listens, and the child
     serves. A service manager that `env` names is told, and keeps the memory of clients; what tells of
     its descriptors is taken out of `env`.

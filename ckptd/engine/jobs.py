@@ -140,26 +140,33 @@ class Job:
     def basis_of(self, part: Part) -> StepId | None:
         """Return the step that rank 0 took from memory, until this attempt has a checkpoint."""
         basis = part.handoff.basis if part.handoff is not None and part.key.rank == 0 else None
-        if basis is None or (self.newest is not None and self.newest.attempt == self.attempt):
+        before = self.before(part)
+        if basis is None or (before is not None and before.attempt == self.attempt):
             return None
         return StepId.parse(basis)
+
+    def before(self, part: Part) -> StepId | None:
+        """Return the newest checkpoint of the line that is known and lies before a part's step.
+
+        An urgent step does not wait for those before it, so a later one may be committed already. Then
+        it is what the trainer knew when it took the snapshot.
+        """
+        if self.newest is not None and self.newest < part.key.step.id:
+            return self.newest
+        return parse_id(part.handoff.previous) if part.handoff is not None else None
 
     def is_first_open(self, step: Step) -> bool:
         """Tell whether all steps with lower sequence numbers have their verdict."""
         return all(other.sequence >= step.sequence for other in self.steps.values())
 
     def rank_manifest(self, part: Part) -> RankManifest:
-        """Build the rank manifest of a part whose chunks are stored.
-
-        An urgent step does not wait for those before it, so a later one may be committed already.
-        """
+        """Build the rank manifest of a part whose chunks are stored."""
         assert part.handoff is not None
         assert part.recipe is not None
-        is_before = self.newest is not None and self.newest < part.key.step.id
-        previous = str(self.newest) if is_before else part.handoff.previous
+        previous = self.before(part)
         return rank_manifest_of(
             Author(self.attempt, part.key.rank, self.world_size), part.handoff, part.recipe,
-            part.values, part.chunks, previous=previous,
+            part.values, part.chunks, previous=str(previous) if previous else None,
         )  # fmt: skip
 
 

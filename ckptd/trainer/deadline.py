@@ -11,8 +11,6 @@ from ckptd.trainer.handle import Handle
 
 log = logging.getLogger("ckptd.trainer")
 
-_LONGEST_S = 1e7  # what travels, and more than any machine gives
-
 
 class Deadline:
     """So many seconds from its making on.
@@ -24,7 +22,7 @@ class Deadline:
     def __init__(self, limit_s: float) -> None:
         if not isinstance(limit_s, (int, float)) or math.isnan(limit_s) or limit_s < 0:
             raise ConfigError(f"deadline_s={limit_s!r}: write seconds, 0 or more")
-        self.limit_s = min(float(limit_s), _LONGEST_S)
+        self.limit_s = min(float(limit_s), 1e7)  # what a handoff may carry
         self._at = time.monotonic() + self.limit_s
 
     def left_s(self) -> float:

@@ -228,6 +228,15 @@ def write_box(
     del source, window, held
 
 
+def tensor_over(raw: npt.NDArray[np.uint8]) -> torch.Tensor:
+    """Return a tensor over bytes, only to be read, as long as they are there.
+
+    ``torch.from_numpy`` warns of memory that is read-only, as that of a daemon is.
+    """
+    window = (ctypes.c_uint8 * raw.nbytes).from_address(raw.ctypes.data)
+    return torch.frombuffer(window, dtype=torch.uint8)
+
+
 def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
     """Return what puts bytes of `box` into a tensor, from a given one of them on.
 
@@ -243,7 +252,7 @@ def put_of(tensor: torch.Tensor, box: Box) -> Put | None:
     if tensor.device.type != "cpu":
 
         def put_away(at: int, raw: npt.NDArray[np.uint8]) -> None:
-            part[at : at + len(raw)].copy_(torch.from_numpy(raw))
+            part[at : at + len(raw)].copy_(tensor_over(raw))
 
         return put_away
     there = part.numpy()

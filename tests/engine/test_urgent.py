@@ -121,3 +121,18 @@ def test_p6_at_its_deadline_a_daemon_goes_whoever_is_there_and_says_what_is_left
         assert bench.engine.next_due() == bench.now + 30
         assert not of(ev.Exit, bench.tick(29))
         assert of(ev.Exit, bench.tick(1)) == [ev.Exit(code)]
+
+
+def test_r1_the_lowest_step_leads_to_what_came_from_memory_also_after_an_urgent_one(
+    bench: Bench,
+) -> None:
+    basis, resumed = str(StepId(0, 9)), str(StepId(0, 7))
+    bench.join(1)
+    first = handoff(10, 1, previous=resumed)
+    bench.say(1, msgspec.structs.replace(first, basis=basis))
+    bench.say(1, msgspec.structs.replace(urgent(20, 2, previous=resumed), basis=basis))
+    for step in (20, 10):
+        (put,) = of(ev.PutRank, bench.store(step, step // 10))
+        assert (str(put.basis), put.record.previous) == (basis, resumed)
+        bench.put(step, step // 10)
+        bench.judge(step)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ckptd.store.root import create_root
 from ckptd.units import MIB
 from tests.fakes.crashers import MOST_RANKS, SHAPES
-from tests.fakes.footprints import Footprint, has_work
+from tests.fakes.footprints import Footprint, ask
 from tests.fakes.jobs import Daemon, Place, Process, Ranks, Script, wait_until
 from tests.fakes.trainers import FakeTrainer, assert_all_whole
 
@@ -41,7 +41,7 @@ def crash_trainers(place: Place, count: int) -> Iterator[Sample]:
     for done in range(0, count, BATCH):
         batch = min(BATCH, count - done)
         _run_batch(place, daemon, first=2 + done, count=batch)
-        wait_until(lambda: not has_work(daemon.socket), "the daemon is done")
+        wait_until(lambda: not any(job["open"] for job in ask(daemon.socket)["jobs"]), "all ends")
         wait_until(lambda: Footprint.of(daemon).fds <= base.fds, f"descriptors go, to {base}")
         found = Footprint.of(daemon)
         # Of each rank of a root one arena is kept at most, and nothing of it that nobody can find.

@@ -82,6 +82,7 @@ class Root:
         self._ranks = ranks
         self._nodes: dict[int, Daemon] = {}
         self._fresh: dict[int, Footprint] = {}  # by pid
+        self._stalled: dict[int, bool] = {}  # by pid; True once a job came back from its memory
         self._worlds: dict[int, int] = {}
         self._certain: StepId | None = None
         self._held: StepId | None = None
@@ -233,7 +234,10 @@ class Root:
 
     @staticmethod
     def _point_at(plan: Plan, number: int) -> str:
+        """Return the failpoint that a daemon is to come to in a round; of stalls the first has it."""
         strike = plan.strike
+        if strike.stall and number == 0:
+            return strike.stall
         return strike.daemon_point if strike.nodes[:1] == (number,) else ""
 
     def _start_nodes(self, points: dict[int, str]) -> None:
@@ -242,26 +246,32 @@ class Root:
             self._nodes[number] = self.place.start_daemon(
                 "ab"[number], failpoints=point, CKPTD_DRAIN_S=str(DRAIN_S), CKPTD_TRIM_S="0"
             )
-        for number in points:
+        for number, point in points.items():
             node = self._nodes[number].wait_serving()
             self._fresh[node.pid] = Footprint.of(node)
+            if "=hang" in point:
+                self._stalled[node.pid] = False
 
     def _mend_nodes(self, following: Plan | None) -> None:
-        """Start dead daemons again, and those that are to die at a failpoint of the next round.
+        """Start dead daemons again, and those that are to come to a failpoint in the next round.
 
-        The latter end as for an upgrade: they store what they have, and their memory is gone.
+        The latter end as for an upgrade: they store what they have, and their memory is gone. So does
+        one that hangs, but not before the job came back from its memory.
         """
         points = {}
         for number, node in self._nodes.items():
             point = self._point_at(following, number) if following is not None else ""
-            if node.is_running and not point:
+            has_served = self._stalled.get(node.pid, False)
+            if node.is_running and not point and not has_served:
                 self._check_footprint(node)
+                if node.pid in self._stalled:
+                    self._stalled[node.pid] = True
                 continue
             points[number] = point
             if node.is_running:
                 node.send(signal.SIGTERM)
                 if _wait(node) == EXIT_UNFINISHED:
-                    self._held = None  # it waits for ranks elsewhere, who are dead
+                    self._held = None  # it waits for ranks elsewhere, who are dead; or it hangs
         self._start_nodes(points)
 
     def _check_footprint(self, node: Daemon) -> None:
@@ -290,7 +300,8 @@ class Root:
             rank.order("exit")
         assert [rank.wait() for rank in ranks] == [0] * len(ranks)
         for node in self._nodes.values():
-            self._await_empty(node)
+            if node.pid not in self._stalled:
+                self._await_empty(node)
             node.send(signal.SIGTERM)
         for node in self._nodes.values():
             _wait(node)
@@ -322,7 +333,8 @@ def _name(strike: Strike) -> str:
     """Say whom it hits, and when."""
     whom = [f"r{n}" for n in strike.ranks] + [f"d{n}" for n in strike.nodes]
     when = strike.point or f"save {strike.saves} + {strike.delay_s * 1e3:.0f} ms"
-    return f"{' '.join(whom)} at {when}{', ridden' if strike.rides else ''}"
+    more = ", ridden" if strike.rides else f", {strike.stall}" if strike.stall else ""
+    return f"{' '.join(whom)} at {when}{more}"
 
 
 class RoundError(Exception):

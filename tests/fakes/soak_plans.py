@@ -19,6 +19,7 @@ DAEMON_POINTS = {
     "commit.put": 4, "commit.done": 4, "store.write": 40, "store.link": 40, "store.sync": 16,
     "outcome.put": 1, "tombstone.put": 1,
 }  # fmt: skip
+STALLS = {"commit.put": 3, "rank.put": 6}  # where a daemon may hang for ever, after that many
 NOT_DRAWN = {"engine.exit"}  # nothing is left to lose there
 
 
@@ -49,6 +50,8 @@ class Strike(NamedTuple):
         delay_s: from then on.
         point: in place of that, the failpoint at which the first of them dies: ``name=kill@n``.
         rides: if it hits no rank, the job goes on with new daemons, and loses nothing.
+        stall: where a daemon comes to hang before that, ``name=hang@n``: it still has what was handed
+            off, and the store does not.
     """
 
     ranks: tuple[int, ...]
@@ -58,6 +61,7 @@ class Strike(NamedTuple):
     gap_s: float
     point: str
     rides: bool
+    stall: str = ""
 
     @property
     def trainer_point(self) -> str:
@@ -100,19 +104,20 @@ class Plan(NamedTuple):
         ground = Ground.of(seed)
         kind = KINDS[seed % len(KINDS)]
         ranks = dice.randint(2, 4)
+        strike = _strike(dice, kind, ranks, ground)
         return cls(
             seed, kind, ranks,
             swapped=dice.randrange(ground.nodes),
             wait_every=dice.choice([0, 2, 3, 5]),
             pause_s=dice.choice([0.0, 0.002, 0.02]),
-            is_in_step=dice.random() < 0.8,
+            is_in_step=dice.random() < 0.8 or bool(strike.stall),
             stumble_s=dice.uniform(0.0, 0.3) if dice.random() < 0.2 else None,
-            strike=_strike(dice, kind, ranks, ground.nodes),
+            strike=strike,
         )  # fmt: skip
 
 
-def _strike(dice: random.Random, kind: Kind, ranks: int, nodes: int) -> Strike:
-    all_ranks, all_nodes = list(range(ranks)), list(range(nodes))
+def _strike(dice: random.Random, kind: Kind, ranks: int, ground: Ground) -> Strike:
+    all_ranks, all_nodes = list(range(ranks)), list(range(ground.nodes))
     struck_ranks = {
         "trainer": _some(dice, all_ranks), "daemon": (), "both": tuple(all_ranks),
         "subset": _some(dice, all_ranks),
@@ -121,6 +126,9 @@ def _strike(dice: random.Random, kind: Kind, ranks: int, nodes: int) -> Strike:
         "trainer": (), "daemon": _some(dice, all_nodes), "both": tuple(all_nodes),
         "subset": _some(dice, all_nodes),
     }[kind]  # fmt: skip
+    # With one slot, or ranks that run ahead, some overwrite the step that one daemon hangs in.
+    if kind == "trainer" and ground.slots > 1 and dice.random() < 0.5:
+        return _stalled(dice, struck_ranks)
     point = ""
     if dice.random() < 0.4:
         points = (TRAINER_POINTS if struck_ranks else {}) | (DAEMON_POINTS if struck_nodes else {})
@@ -133,6 +141,15 @@ def _strike(dice: random.Random, kind: Kind, ranks: int, nodes: int) -> Strike:
         gap_s=dice.choice([0.0, dice.uniform(0.0, 0.1)]),
         point=point,
         rides=kind == "daemon" and dice.random() < 0.5,
+    )  # fmt: skip
+
+
+def _stalled(dice: random.Random, ranks: tuple[int, ...]) -> Strike:
+    """Draw a kill of ranks that soon cannot go on, as nothing is stored any more."""
+    name = dice.choice(sorted(STALLS))
+    return Strike(
+        ranks, (), saves=1, delay_s=dice.uniform(0.1, 0.6), gap_s=0.0, point="", rides=False,
+        stall=f"{name}=hang@{dice.randint(1, STALLS[name])}",
     )  # fmt: skip
 
 

@@ -281,6 +281,36 @@ def test_m2_holes_punched_later_read_as_zeros() -> None:
         del slot
 
 
+def test_p3_an_heir_writes_in_the_memory_of_the_dead() -> None:
+    with same_fds(), Arena.create(2, SLOT) as former:
+        former.slot(0).begin(1, 1)
+        former.slot(0).payload[:4] = b"dead"
+        former.slot(0).finish()
+        fd = os.dup(former.fileno())
+        with Arena.adopt(fd, 2, SLOT, is_writable=True) as heir:
+            assert heir.fileno() == fd
+            assert heir.slot(0).is_whole
+            assert heir.slot(0).payload[:4].tobytes() == b"dead"
+            generation = heir.slot(1).begin(2, 2)
+            heir.slot(1).payload[:] = b"h" * len(heir.slot(1).payload)
+            heir.slot(1).finish()
+            assert former.slot(1).is_current(generation)
+            with adopt_copy(heir) as daemon:
+                assert daemon.slot(1).payload[:1].tobytes() == b"h"
+
+
+def test_m3_memory_to_write_in_is_checked_as_any_other() -> None:
+    with same_fds():
+        fd = os.memfd_create("unsealed")
+        os.ftruncate(fd, 2 * SLOT)
+        with pytest.raises(ProtocolError):
+            Arena.adopt(fd, 2, SLOT, is_writable=True)
+        with Arena.create(2, SLOT) as arena:
+            fd = os.dup(arena.fileno())
+            with pytest.raises(ProtocolError):
+                Arena.adopt(fd, 1, SLOT, is_writable=True)
+
+
 def test_the_reader_cannot_write() -> None:
     with Arena.create(1, SLOT) as mine, adopt_copy(mine) as theirs:
         with pytest.raises(TypeError):

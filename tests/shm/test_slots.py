@@ -149,6 +149,40 @@ def test_slots_that_were_filled_before_the_pool_are_taken_oldest_first() -> None
     assert SlotPool(slots).acquire(0) is slots[1]
 
 
+def test_slots_of_several_attempts_are_taken_oldest_first() -> None:
+    """Sequence numbers begin anew with each attempt: they do not tell which slot is older."""
+    slots = [make_slot(0), make_slot(1)]
+    before = SlotPool(slots)
+    for sequence in range(1, 58):
+        taken = before.acquire(0)
+        assert taken is not None
+        snapshot(taken, sequence)
+        before.release(taken)
+    heir = SlotPool([Slot(slot.index, slot.view) for slot in slots])
+    first = heir.acquire(0)
+    assert first is not None
+    snapshot(first, 1)  # the newest of all
+    last = SlotPool([Slot(slot.index, slot.view) for slot in slots])
+    second = last.acquire(0)
+    assert second is not None
+    assert second.index != first.index
+    assert second.read_header().sequence == 57
+
+
+def test_a_slot_that_its_writer_died_over_goes_first() -> None:
+    slots = [make_slot(0), make_slot(1)]
+    pool = SlotPool(slots)
+    for sequence in (1, 2, 3):
+        taken = pool.acquire(0)
+        assert taken is not None
+        if sequence < 3:
+            snapshot(taken, sequence)
+        else:
+            taken.begin(3, 3)
+        pool.release(taken)
+    assert SlotPool(slots).acquire(0) is taken
+
+
 def test_a_slot_released_twice_is_an_error() -> None:
     slot = make_slot()
     pool = SlotPool([slot])

@@ -25,6 +25,7 @@ from ckptd.trainer import link as link_module
 from ckptd.trainer.handle import Handle
 from ckptd.trainer.link import Link
 from ckptd.trainer.pending import Pending
+from ckptd.trainer.questions import Answer
 from ckptd.wire import messages as say
 from tests.fakes.engines import handoff, hello, recipe
 from tests.fakes.ports import (
@@ -380,6 +381,22 @@ def lend(port: FakePort, message: say.FromTrainer) -> None:
         port.answer(say.Held("fake", ()))
 
 
+class Asking:
+    """Somebody who asks on a thread, and would wait for long."""
+
+    def __init__(self, link: Link, message: say.FromTrainer) -> None:
+        self._answers: list[Answer | None] = []
+        self._thread = threading.Thread(
+            target=lambda: self._answers.append(link.ask(message, 50 * WAIT_S)), daemon=True
+        )
+        self._thread.start()
+
+    def result(self) -> Answer | None:
+        self._thread.join(WAIT_S)
+        (answer,) = self._answers
+        return answer
+
+
 def test_questions_of_several_threads_get_their_own_answers(start) -> None:
     trainer = start(lend)
     arenas: list[tuple[int, int]] = []
@@ -414,29 +431,25 @@ def test_what_was_handed_off_goes_before_a_question(start) -> None:
     trainer.link.begin()
     trainer.daemon.until(lambda: trainer.daemon.opened >= 1)
     trainer.save(1)
-    asking = threading.Thread(target=trainer.link.ask, args=(say.Seek(), WAIT_S))
-    asking.start()
+    asking = Asking(trainer.link, say.Seek())
     with trainer.daemon.changed:
         trainer.daemon.is_absent = False
     trainer.daemon.until_heard(say.Seek)
     assert trainer.daemon.ports[0].kinds() == ["Hello", "Arena", "Recipe", "Handoff", "Seek"]
     trainer.link.close()
-    asking.join(WAIT_S)
-    assert not asking.is_alive()
+    assert asking.result() is None
 
 
 def test_p2_a_descriptor_that_comes_too_late_is_closed(start) -> None:
-    trainer = start(welcome)
+    trainer = start(commit_all)
+    trainer.save(1).result(WAIT_S)
     assert trainer.link.ask(say.Borrow(1, 0, 1), 0.0) is None
-    (port,) = trainer.daemon.ports or [None]
-    if port is None:  # it was not sent in time
-        trainer.link.begin()
-        trainer.daemon.until_heard(say.Hello)
-        port = trainer.daemon.ports[0]
-    port.fds.append(os.open(os.devnull, os.O_RDONLY))
-    (fd,) = port.fds
+    (port,) = trainer.daemon.ports
+    fd = os.open(os.devnull, os.O_RDONLY)
+    port.fds.append(fd)
     port.answer(say.Lent(1, 1, 8192))
     trainer.poke_until(lambda: port.fds == [])
+    trainer.link.close()
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(fd)
 
@@ -448,22 +461,18 @@ def test_p1_a_daemon_that_refuses_lets_those_who_ask_go(start) -> None:
             port.answer(say.Refused("ProtocolError", "of another version"))
 
     trainer = start(refuse)
-    assert trainer.link.ask(say.Seek(), WAIT_S) is None
+    asking = Asking(trainer.link, say.Seek())
+    assert asking.result() is None
     assert trainer.link.ask(say.Seek(), WAIT_S) is None
     assert trainer.daemon.opened == 1, "and is not asked again"
 
 
 def test_p1_close_lets_those_who_ask_go(start) -> None:
     trainer = start(welcome)
-    answers: list[object] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(trainer.link.ask(say.Claim(1, 8192), WAIT_S))
-    )
-    asking.start()
+    asking = Asking(trainer.link, say.Claim(1, 8192))
     trainer.daemon.until_heard(say.Claim)
     trainer.link.close()
-    asking.join(WAIT_S)
-    assert answers == [None]
+    assert asking.result() is None
     assert trainer.link.ask(say.Seek(), WAIT_S) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 
 from ckptd.errors import ConfigError
 from ckptd.plan.split import whole_share
-from ckptd.shm.slots import SLOT_HEADER_BYTES
+from ckptd.shm.arena import Arena
+from ckptd.shm.slots import SLOT_HEADER_BYTES, SlotPool
 from ckptd.trainer import snapshots as module
 from ckptd.trainer.flatten import Flat, flatten
 from ckptd.trainer.layouts import layout_of
@@ -236,6 +238,168 @@ def test_slots_for_a_gpu_are_page_locked_until_they_are_unmapped(
     assert [what for what, _ in said] == ["pin", "pin", "unpin"], "of the retired one"
     snapshots.close()
     assert [what for what, _ in said] == ["pin", "pin", "unpin", "unpin"]
+
+
+# --- the arena of a dead trainer ---------------------------------------------------------------
+
+
+@pytest.fixture
+def shared() -> Iterator[Snapshots]:
+    snapshots = Snapshots(slots=2, local_ranks=1, is_shared=True, chunk_bytes=MIB)
+    yield snapshots
+    snapshots.close()
+
+
+def left(*sequences: int, slot_bytes: int = 1 << 16) -> tuple[Arena, Arena]:
+    """Return an arena as a dead trainer's and as its heir's; slots were written in this order.
+
+    What was written last is not whole where its number is negative.
+    """
+    former = Arena.create(2, slot_bytes)
+    pool = SlotPool([former.slot(i) for i in range(2)])
+    for sequence in sequences:
+        slot = pool.acquire(0.0)
+        assert slot is not None
+        slot.begin(abs(sequence), abs(sequence))
+        if sequence > 0:
+            slot.finish()
+        pool.release(slot)
+    fd = os.dup(former.fileno())
+    return former, Arena.adopt(fd, 2, slot_bytes, is_writable=True)
+
+
+def is_closed(arena: Arena) -> bool:
+    try:
+        arena.slot(0)
+    except ValueError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("sequences", "order"),
+    [((1, 2), [0, 1]), ((1, 2, 3), [1, 0]), ((1, 2, 3, 4), [0, 1]), ((1,), [1, 0]),
+     ((1, 2, -3), [0, 1]), ((1, 2, 3, -4), [1, 0]), ((), [0, 1])],
+)  # fmt: skip
+def test_p3_slots_of_a_dead_trainer_are_overwritten_oldest_first_the_newest_whole_one_last(
+    shared: Snapshots, sequences: tuple[int, ...], order: list[int]
+) -> None:
+    former, arena = left(*sequences)
+    shared.take_over(arena)
+    taken = [capture(shared, state(float(n)), n) for n in (1, 2)]
+    assert [c.slot.index for c in taken if c] == order
+    assert [c.arena_number for c in taken if c] == [1, 1]
+    assert [contents(c, shared, state(float(n))) for n, c in enumerate(taken, 1) if c] == [
+        {1.0}, {2.0},
+    ]  # fmt: skip
+    assert capture(shared, state(3.0), 3) is None
+    former.close()
+
+
+def test_p3_an_arena_that_was_taken_over_is_no_more_memory(
+    shared: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    former, arena = left(1)
+    shared.take_over(arena)
+    monkeypatch.setattr(module.Arena, "create", lambda *_, **__: pytest.fail("another arena"))
+    cut = cut_of(shared, state(1.0))
+    shared.reserve(cut.packed.slot_bytes, is_faulted=True)
+    captured = capture(shared, state(1.0))
+    assert captured is not None
+    assert captured.arena is arena
+    former.close()
+
+
+def test_an_arena_that_comes_too_late_is_closed(shared: Snapshots) -> None:
+    first = capture(shared, state(1.0))
+    assert first is not None
+    former, arena = left(1)
+    shared.take_over(arena)
+    assert is_closed(arena)
+    second = capture(shared, state(2.0), 2)
+    assert second is not None
+    assert second.arena is first.arena
+    shared.close()
+    former_too, arena = left(1)
+    shared.take_over(arena)
+    assert is_closed(arena)
+    former.close()
+    former_too.close()
+
+
+def test_an_arena_that_is_too_small_makes_room_for_a_larger_one(shared: Snapshots) -> None:
+    former, arena = left(1, slot_bytes=8192)
+    shared.take_over(arena)
+    large = state(1.0, 50_000)
+    first = capture(shared, large)
+    assert first is not None
+    assert (first.arena_number, first.arena.slot_bytes > 200_000) == (2, True)
+    assert contents(first, shared, large) == {1.0}
+    second = capture(shared, large, 2)
+    assert second is not None
+    assert is_closed(arena), "nothing was in it"
+    former.close()
+
+
+def test_a_first_save_waits_for_the_arena_that_is_expected(shared: Snapshots) -> None:
+    shared.expect()
+    assert not shared.has_room()
+    assert capture(shared, state(1.0)) is None
+    captured: list[Captured | None] = []
+    waiting = threading.Thread(
+        target=lambda: captured.append(capture(shared, state(1.0), timeout_s=WAIT_S))
+    )
+    waiting.start()
+    former, arena = left(1)
+    shared.take_over(arena)
+    waiting.join(WAIT_S)
+    (found,) = captured
+    assert found is not None
+    assert found.arena is arena
+    assert shared.has_room()
+    former.close()
+
+
+def test_where_there_is_none_the_first_save_makes_its_own(shared: Snapshots) -> None:
+    shared.expect()
+    shared.take_over(None)
+    assert shared.has_room()
+    captured = capture(shared, state(1.0))
+    assert captured is not None
+    assert captured.arena_number == 1
+
+
+def test_s6_memory_with_other_things_in_it_is_closed_and_not_used(shared: Snapshots) -> None:
+    former, arena = left(1)
+    former.slot(0).view[:8] = b"GARBAGE!"
+    shared.expect()
+    shared.take_over(arena)
+    assert is_closed(arena)
+    captured = capture(shared, state(1.0))
+    assert captured is not None
+    assert captured.arena is not arena
+    former.close()
+
+
+@pytest.mark.parametrize("is_pinnable", [True, False])
+def test_an_arena_that_was_taken_over_is_page_locked_once_a_gpu_wants_it(
+    shared: Snapshots, monkeypatch: pytest.MonkeyPatch, is_pinnable: bool
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(module, "pin", lambda *_: said.append("pin") or is_pinnable)
+    monkeypatch.setattr(module, "unpin", lambda *_: said.append("unpin"))
+    former, arena = left(1)
+    shared.take_over(arena)
+    assert said == []
+    for sequence in (1, 2):
+        flat = state(1.0)
+        cut = cut_of(shared, flat)._replace(is_on_cuda=True)
+        shared.reserve(cut.packed.slot_bytes, is_pinned=True)
+        assert shared.capture(cut, flat.leaves, step=sequence, sequence=sequence, timeout_s=0.0)
+    assert said == ["pin"], "once, also where it is refused"
+    shared.close()
+    assert said == ["pin", "unpin"][: 1 + is_pinnable]
+    former.close()
 
 
 def test_slots_without_a_gpu_are_not_page_locked(

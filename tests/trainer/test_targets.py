@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.model.box import Box
-from ckptd.trainer.targets import put_of, write_box
+from ckptd.trainer.targets import put_of, tensor_over, write_box
 
 
 @st.composite
@@ -79,3 +79,13 @@ def test_a_parameter_is_written_without_a_graph() -> None:
 def test_a_box_outside_of_the_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match="outside"):
         put_of(torch.zeros(4), Box((2,), (5,)))
+
+
+def test_bytes_that_may_only_be_read_become_a_tensor_without_a_warning() -> None:
+    """As those of a daemon's memory on their way to a GPU; a warning is an error here."""
+    raw = np.frombuffer(b"snapshot", np.uint8)
+    assert not raw.flags.writeable
+    there = torch.zeros(8, dtype=torch.uint8)
+    there.copy_(tensor_over(raw))
+    assert bytes(there.tolist()) == b"snapshot"
+    assert bytes(tensor_over(raw[2:5]).tolist()) == b"aps"
