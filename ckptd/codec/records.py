@@ -22,6 +22,7 @@ from ckptd.codec.buffers import as_bytes
 from ckptd.codec.frames import MAGIC, unpack_frame
 from ckptd.errors import CorruptError, UnsupportedFormatError
 from ckptd.model.manifest import FORMAT
+from ckptd.model.ready import make_ready
 from ckptd.units import KIB, MIB
 
 MAX_RECORD_BYTES = 256 * MIB
@@ -41,6 +42,9 @@ T = TypeVar("T")
 
 class _Format(msgspec.Struct):
     format: object = None
+
+
+make_ready(_Format)
 
 
 def encode_record(record: msgspec.Struct) -> bytes:

@@ -19,6 +19,7 @@ import xxhash
 
 from ckptd.engine.keeper import Snapshot
 from ckptd.errors import ProtocolError
+from ckptd.model.ready import make_ready
 from ckptd.shm import kernel
 from ckptd.units import KIB, MIB, format_bytes
 
@@ -39,6 +40,9 @@ class Shape(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     slot_bytes: int
     pid: int = 0
     started: int = 0
+
+
+make_ready(Shape)
 
 
 class Record:

@@ -14,6 +14,7 @@ from ckptd.model import dtypes, keys
 from ckptd.model.columns import Columns, Piece
 from ckptd.model.keys import ChunkId, StepId
 from ckptd.model.pieces import PieceCheck
+from ckptd.model.ready import make_ready
 from ckptd.model.tensor import Tensor
 
 FORMAT = 1
@@ -276,3 +277,6 @@ def _check_piece(piece: Piece, tensors: tuple[Tensor, ...], chunks: tuple[Chunk,
         raise ValueError(f"{tensor.fqn}: dtype or length of a piece does not fit its box")
     if piece.offset_bytes + size > chunk.raw_bytes or piece.offset_bytes % tensor.itemsize:
         raise ValueError(f"{tensor.fqn}: a piece that leaves its chunk")
+
+
+make_ready(RootRecord, AttemptRecord, RankManifest | Outcome, Manifest)

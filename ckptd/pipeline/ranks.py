@@ -20,6 +20,7 @@ from ckptd.errors import CorruptError
 from ckptd.model.columns import Columns
 from ckptd.model.manifest import Chunk, Outcome, RankManifest, Tree, check_table
 from ckptd.model.pieces import PieceCheck
+from ckptd.model.ready import make_ready
 from ckptd.model.tensor import Tensor
 from ckptd.units import MIB
 
@@ -53,6 +54,8 @@ class _Skeleton(
     fingerprints: bytes
     values: msgspec.Raw
 
+
+make_ready(_Skeleton)
 
 _TENSORS = b'"tensors":'
 _NO_TENSORS = b'"tensors":[],"aliases":{}'

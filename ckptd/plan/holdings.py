@@ -12,6 +12,7 @@ import xxhash
 
 from ckptd.errors import LayoutError
 from ckptd.model.box import Box
+from ckptd.model.ready import make_ready
 from ckptd.model.tensor import REPLICATED_KINDS, Layout, Tensor
 from ckptd.plan.rows import Rows, column_rows
 from ckptd.plan.table import Ints
@@ -24,6 +25,9 @@ class _Wire(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     counts: bytes
     boxes: bytes
     is_replicated: bytes
+
+
+make_ready(_Wire, Tensor)
 
 
 class Holdings(NamedTuple):

@@ -18,6 +18,7 @@ import xxhash
 import zstandard
 
 from ckptd.errors import LayoutError, MeetingError
+from ckptd.model.ready import make_ready
 from ckptd.model.tensor import Layout
 from ckptd.plan.holdings import Holdings, TensorNames, TensorTable, name_holdings
 from ckptd.plan.replicas import check_replicas, common_parts
@@ -51,6 +52,9 @@ class Offer(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
 
     layout: str
     samples: str
+
+
+make_ready(Offer, Seen)
 
 
 class Agreed(NamedTuple):

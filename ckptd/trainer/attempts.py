@@ -21,6 +21,7 @@ from ckptd.errors import (
 )
 from ckptd.model import keys
 from ckptd.model.manifest import AttemptRecord
+from ckptd.model.ready import make_ready
 from ckptd.store.base import Store
 from ckptd.store.root import create_root
 from ckptd.trainer.meeting import Meeting
@@ -40,6 +41,9 @@ class _Call(msgspec.Struct):
     token: str = ""
     kind: str = ""
     reason: str = ""
+
+
+make_ready(_Call)
 
 
 def start_attempt(store: Store, meeting: Meeting, timeout_s: float) -> Attempt:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from ckptd.errors import MeetingError
+from ckptd.model.ready import make_ready
 from ckptd.trainer.meeting import Meeting
 from ckptd.trainer.options import Options
 
@@ -50,6 +51,9 @@ class Said(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=T
         """Return what to say after the decision on the next save."""
         skipped = self.skipped if is_taken else (*self.skipped, sequence)
         return Said(sequence, tuple(n for n in skipped if n > sequence - REMEMBERED))
+
+
+make_ready(Said)
 
 
 class Decisions:

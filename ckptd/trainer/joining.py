@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from ckptd.errors import MeetingError
+from ckptd.model.ready import make_ready
 from ckptd.trainer.boards import Board
 
 _T = TypeVar("_T")
@@ -43,6 +44,9 @@ class Roll(NamedTuple):
 
     name: str
     tokens: tuple[str, ...]
+
+
+make_ready(Place, Roll)
 
 
 class AskPlaces(NamedTuple):

@@ -13,6 +13,7 @@ from ckptd.errors import CkptdError, CorruptError, ObjectNotFoundError, StoreErr
 from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import AttemptRecord
+from ckptd.model.ready import make_ready
 from ckptd.pipeline.catalog import find, line, list_commits
 from ckptd.pipeline.recover import commit_whole_steps
 from ckptd.store.base import Store
@@ -35,6 +36,9 @@ class Proposal(msgspec.Struct):
     settles: bool = False
     kind: str = ""
     reason: str = ""
+
+
+make_ready(Proposal)
 
 
 class Root(NamedTuple):

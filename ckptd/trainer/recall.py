@@ -17,6 +17,7 @@ import msgspec
 
 from ckptd.errors import HandoffError
 from ckptd.model.keys import MAX_STEP, StepId
+from ckptd.model.ready import make_ready
 from ckptd.shm.arena import Arena
 from ckptd.trainer.link import Link
 from ckptd.trainer.questions import Answer
@@ -50,6 +51,9 @@ class HeldStep(msgspec.Struct, frozen=True):
     world_size: int
     parts: dict[int, HeldPart]
     is_committed: bool = False
+
+
+make_ready(Sighting, HeldStep)
 
 
 def held_steps(

@@ -19,6 +19,7 @@ from ckptd.errors import CkptdError, CorruptError, ProtocolError
 from ckptd.model import keys
 from ckptd.model.keys import StepId
 from ckptd.model.manifest import Chunk, Manifest, RankManifest
+from ckptd.model.ready import make_ready
 from ckptd.pipeline.catalog import read_manifest
 from ckptd.pipeline.held import HeldRead, deliver, read_held
 from ckptd.pipeline.read import Place, Progress, Sink, read_chunks
@@ -43,6 +44,9 @@ class _Piece(msgspec.Struct, array_like=True):
 
     count: int
     data: bytes = b""
+
+
+make_ready(_Piece)
 
 
 class Site(NamedTuple):

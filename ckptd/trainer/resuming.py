@@ -25,6 +25,7 @@ from ckptd.errors import (
     TornRestoreError,
 )
 from ckptd.model.keys import StepId
+from ckptd.model.ready import make_ready
 from ckptd.store.base import Store
 from ckptd.store.open import open_store
 from ckptd.trainer.filling import Filling, Request, Resumed
@@ -45,6 +46,9 @@ class _Report(msgspec.Struct):
     reason: str = ""
     fqn: str = ""
     note: str = ""
+
+
+make_ready(_Report)
 
 
 class Resuming:
@@ -119,7 +123,8 @@ class Resuming:
                     return filling.resumed(source.name)
             finally:
                 source.close()
-            damages.append(problem)
+            if source.name == "store" or self._is_torn:  # what memory has lost is no damage yet
+                damages.append(problem)
             log.error(
                 "%s %s is NOT WHOLE, looking for an older one: %s",
                 "checkpoint" if source.name == "store" else "in memory, step",

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from ckptd.model.columns import Columns
+from ckptd.model.ready import make_ready
 from ckptd.model.tensor import Tensor
 
 PROTOCOL = 2
@@ -280,3 +281,6 @@ FromDaemon = (
     Welcome | Refused | Taken | Written | Finished | Settled | Held | Lent | Ceded | Stop | Told
     | Report
 )  # fmt: skip
+
+
+make_ready(FromTrainer, FromDaemon)

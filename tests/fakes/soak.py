@@ -255,24 +255,35 @@ class Root:
     def _mend_nodes(self, following: Plan | None) -> None:
         """Start dead daemons again, and those that are to come to a failpoint in the next round.
 
-        The latter end as for an upgrade: they store what they have, and their memory is gone. So does
-        one that hangs, but not before the job came back from its memory.
+        The latter end as for an upgrade: they store what they have, and their memory is gone.
         """
         points = {}
         for number, node in self._nodes.items():
             point = self._point_at(following, number) if following is not None else ""
-            has_served = self._stalled.get(node.pid, False)
-            if node.is_running and not point and not has_served:
+            if not node.is_running:
+                points[number] = point
+            elif node.pid in self._stalled:  # the job comes back from its memory first
                 self._check_footprint(node)
-                if node.pid in self._stalled:
-                    self._stalled[node.pid] = True
-                continue
-            points[number] = point
-            if node.is_running:
-                node.send(signal.SIGTERM)
-                if _wait(node) == EXIT_UNFINISHED:
-                    self._held = None  # it waits for ranks elsewhere, who are dead; or it hangs
+            elif point:
+                self._end(node)
+                points[number] = point
+            else:
+                self._check_footprint(node)
         self._start_nodes(points)
+
+    def _replace_stalled(self, following: Plan | None) -> None:
+        """Replace a daemon that hangs, or is to."""
+        points = {}
+        for number, node in self._nodes.items():
+            if node.pid in self._stalled and node.is_running and number not in self._fresh_stalls:
+                self._end(node)
+                points[number] = self._point_at(following, number) if following is not None else ""
+        self._start_nodes(points)
+
+    def _end(self, node: Daemon) -> None:
+        node.send(signal.SIGTERM)
+        if _wait(node) == EXIT_UNFINISHED:
+            self._held = None  # it waits for ranks elsewhere, who are dead; or it hangs
 
     def _check_footprint(self, node: Daemon) -> None:
         """Check that a daemon that lives on holds no more than it may."""
