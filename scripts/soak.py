@@ -26,7 +26,8 @@ from rich.table import Table  # noqa: E402
 
 from tests.fakes.cycles import Sample, crash_daemons, crash_trainers  # noqa: E402
 from tests.fakes.jobs import Ranks, new_place  # noqa: E402
-from tests.fakes.soak import RoundError, Row, run_rounds  # noqa: E402
+from tests.fakes.soak import RoundError, run_rounds  # noqa: E402
+from tests.fakes.soak_jobs import Row  # noqa: E402
 from tests.fakes.soak_plans import KINDS  # noqa: E402
 
 MIB = 1 << 20

@@ -63,17 +63,19 @@ class Looking(NamedTuple):
     def proposals(
         self, store: Store, *, has_memory: bool, recall: Recall | None
     ) -> Iterator[Proposal]:
-        """Yield what to try: held steps, then the newest of the line, then back; or just `step`."""
-        if has_memory and recall is not None:
-            commits = [commit.id for commit in list_commits(store)]
-            newest = str(max(commits)) if commits else None
-            if not is_spread_out(self.sightings) or may_travel(self.world_size):
-                for held in held_steps(self.sightings, recall.attempt, commits):
-                    if _is_of_root(store, held):
-                        yield Proposal(held=held, before=newest)
+        """Yield what to try: held steps, then the newest of the line, then back; or just `step`.
+
+        A checkpoint of which memory lacks a part comes after all is settled: a daemon that is gone may
+        have written its part of a newer one, that lacks no more than its commit.
+        """
+        attempt = recall.attempt if has_memory and recall is not None else None
+        if attempt is not None:
+            yield from self._held(store, attempt, is_whole=True)
             yield Proposal(settles=True)
         if self.root.may_commit:
             commit_whole_steps(store)
+        if attempt is not None:
+            yield from self._held(store, attempt, is_whole=False)
         if self.step is not None:
             # Be it damaged, that is for `check` to say; whoever names a step wants that one.
             yield Proposal(id=str(find(store, self.step).id))
@@ -84,6 +86,16 @@ class Looking(NamedTuple):
             yield Proposal(id=str(manifest.id))
         if not has_any and list_commits(store):
             raise CorruptError("there are checkpoints but no manifest can be read", key=store.url)
+
+    def _held(self, store: Store, attempt: int, *, is_whole: bool) -> Iterator[Proposal]:
+        """Yield what is held of attempts before `attempt`, whole or not, and not older than a commit."""
+        if is_spread_out(self.sightings) and not may_travel(self.world_size):
+            return
+        commits = [commit.id for commit in list_commits(store)]
+        newest = str(max(commits)) if commits else None
+        for held in held_steps(self.sightings, attempt, commits):
+            if held.is_whole == is_whole and _is_of_root(store, held):
+                yield Proposal(held=held, before=newest)
 
 
 def _is_of_root(store: Store, held: HeldStep) -> bool:

@@ -52,6 +52,11 @@ class HeldStep(msgspec.Struct, frozen=True):
     parts: dict[int, HeldPart]
     is_committed: bool = False
 
+    @property
+    def is_whole(self) -> bool:
+        """Tell whether every old rank's part is held."""
+        return len(self.parts) == self.world_size
+
 
 make_ready(Sighting, HeldStep)
 

@@ -188,7 +188,7 @@ class Recalled:
             record.check()
         except Exception as error:  # noqa: BLE001 - whatever was lent, the other ranks must not wait
             # They have to hear that this snapshot cannot be had.
-            log.warning("the snapshot of rank %d makes no sense: %s", rank, error)
+            log.warning("the snapshot of rank %d makes no sense: %s", rank, str(error))
             arena.close()
             return
         self._local[rank] = local

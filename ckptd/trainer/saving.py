@@ -117,9 +117,10 @@ class Saving:
         self._handles.append(handle)
         with self._forfeiting(handle):
             # First of all: the others wait for this, and must not wait for what may raise below.
-            if deadline is None:
+            if deadline is None or self._decisions.is_own:
+                may_skip = may_skip and deadline is None
                 is_taken, wait_s = self._decisions.on(handle.sequence, may_skip=may_skip)
-            else:  # no rank leaves it out, so none has to hear rank 0
+            else:  # no rank leaves it out, so none that knows the deadline has to hear rank 0
                 is_taken, wait_s = Decision(is_taken=True, wait_s=self._options.busy_timeout_s)
             if is_taken:
                 self._snapshot(handle, state, metrics, wait_s, deadline)

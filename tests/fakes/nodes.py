@@ -56,6 +56,8 @@ class NodePort:
 
     def send(self, message: say.FromTrainer, arena: Arena | None = None) -> None:
         self.asked.append(message)
+        if isinstance(message, say.Settle):
+            self._node.on_settle()
         runner = self._node.runner
         if not isinstance(message, say.Arena):
             runner.post(ev.Said(self.number, message))
@@ -75,6 +77,8 @@ class NodePort:
 
     def close(self) -> None:
         """End the conversation; the process lives, for all that the daemon knows."""
+        with self._node.changed:
+            self._wake_fd = -1  # its number may soon be another file's
         self._node.runner.post(ev.Gone(self.number, is_dead=False))
 
     def hear(self, message: say.FromDaemon, fd: int | None = None) -> None:
@@ -82,8 +86,8 @@ class NodePort:
             self.inbox.append(message)
             self.fds += [] if fd is None else [fd]
             self._node.changed.notify_all()
-        with contextlib.suppress(OSError):
-            os.write(self._wake_fd, b"w")
+            with contextlib.suppress(OSError):
+                os.write(self._wake_fd, b"w")
 
     def wait_for(self, kind: type) -> Any:
         """Take all that came, once something of a kind has."""
@@ -103,6 +107,7 @@ class Node:
         self.changed = threading.Condition()  # guards the inboxes
         self.ports: list[NodePort] = []
         self.change: Change | None = None
+        self.on_settle: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self.runner.run)
         self._thread.start()
 
@@ -127,6 +132,9 @@ class Node:
             message = without_memory(message)
         if isinstance(message, say.Lent) and self.change is not None:
             message = self.change(message)
+        if fd is not None and not message.slots:
+            os.close(fd)
+            fd = None
         self.ports[client - 1].hear(message, fd)
 
 

@@ -14,14 +14,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from ckptd.engine.lifetime import EXIT_UNFINISHED
 from ckptd.model.keys import StepId
 from ckptd.units import MIB
 from tests.fakes.footprints import Footprint, has_work
 from tests.fakes.jobs import Daemon, Place, Rank, Ranks, all_do, new_place, state_of, wait_until
-from tests.fakes.soak_jobs import Book, Job
+from tests.fakes.soak_jobs import Book, Job, Row
 from tests.fakes.soak_plans import ROUNDS, Ground, Plan, Strike
 from tests.fakes.soak_store import Ledger
 
@@ -31,34 +30,6 @@ DRAIN_S = 0.5
 MOST_RANKS = 4
 FDS = 6  # what a daemon may keep open for a root, beyond what it had before its first client
 PRIVATE_BYTES = 256 * MIB
-
-
-class Row(NamedTuple):
-    """What came of a round.
-
-    Attributes:
-        struck: whom the kill hit and when; `is_at_point` if that was a failpoint.
-        is_ridden: the job went on with new daemons before it was ended.
-        has_stumbled: the next attempt was killed while it came back.
-        lost: saves that all ranks had begun and that did not come back.
-        most: what a daemon held at most that had lived through a kill.
-    """
-
-    seed: int
-    kind: str
-    ranks: int
-    nodes: int
-    slots: int
-    struck: str
-    is_at_point: bool
-    is_ridden: bool
-    has_stumbled: bool
-    lost: int
-    resumed: str
-    source: str
-    committed: int
-    most: Footprint
-    seconds: float
 
 
 class Root:
@@ -82,7 +53,7 @@ class Root:
         self._ranks = ranks
         self._nodes: dict[int, Daemon] = {}
         self._fresh: dict[int, Footprint] = {}  # by pid
-        self._stalled: dict[int, bool] = {}  # by pid; True once a job came back from its memory
+        self._stalled: set[int] = set()  # pids of those that hang, or are to
         self._worlds: dict[int, int] = {}
         self._certain: StepId | None = None
         self._held: StepId | None = None
@@ -103,12 +74,14 @@ class Root:
         has_lost_node = self._strike(strike, struck, random.Random(plan.seed))
         book = struck.book
         self._learn(struck, book, has_lost_node=has_lost_node)
-        self._mend_nodes(following if not is_last else None)
+        stalled = set(self._stalled)
+        coming = None if is_last else following
+        self._mend_nodes(coming)
         if plan.stumble_s is not None:
             self._stumble(following, plan.stumble_s)
         self.job, self.source = self._restart(following)
-        if not is_last:
-            self._arm(following)
+        self._replace(stalled, coming)
+        self._arm(coming)
         resumed = self.resumed
         last = max(book.begun, struck.next_step - 1)
         return Row(
@@ -129,6 +102,8 @@ class Root:
                 victim.send(signal.SIGKILL)
         for number in strike.nodes:
             self._nodes[number].wait()
+        for number, node in self._nodes.items():
+            assert number in strike.nodes or node.is_running, (node.popen.returncode, node.text)
         time.sleep(strike.gap_s)
         is_ridden = strike.rides and not strike.ranks
         if is_ridden:
@@ -190,8 +165,8 @@ class Root:
         self.ledger.look()
         return job, source or "none"
 
-    def _arm(self, plan: Plan) -> None:
-        if plan.strike.trainer_point:
+    def _arm(self, plan: Plan | None) -> None:
+        if plan is not None and plan.strike.trainer_point:
             self.job.ranks[plan.strike.ranks[0]].do("arm", spec=plan.strike.trainer_point)
 
     def _begin(self, plan: Plan) -> Job:
@@ -233,8 +208,10 @@ class Root:
     # --- nodes ---------------------------------------------------------------------------------
 
     @staticmethod
-    def _point_at(plan: Plan, number: int) -> str:
-        """Return the failpoint that a daemon is to come to in a round; of stalls the first has it."""
+    def _point_at(plan: Plan | None, number: int) -> str:
+        """Return the failpoint that a daemon is to come to in a round, if there is another one."""
+        if plan is None:
+            return ""
         strike = plan.strike
         if strike.stall and number == 0:
             return strike.stall
@@ -250,34 +227,33 @@ class Root:
             node = self._nodes[number].wait_serving()
             self._fresh[node.pid] = Footprint.of(node)
             if "=hang" in point:
-                self._stalled[node.pid] = False
+                self._stalled.add(node.pid)
 
     def _mend_nodes(self, following: Plan | None) -> None:
         """Start dead daemons again, and those that are to come to a failpoint in the next round.
 
-        The latter end as for an upgrade: they store what they have, and their memory is gone.
+        The latter end as for an upgrade: they store what they have, and their memory is gone. One that
+        hangs is kept, as the job is to come back from its memory.
         """
         points = {}
         for number, node in self._nodes.items():
-            point = self._point_at(following, number) if following is not None else ""
+            point = self._point_at(following, number)
             if not node.is_running:
                 points[number] = point
-            elif node.pid in self._stalled:  # the job comes back from its memory first
-                self._check_footprint(node)
-            elif point:
+            elif point and node.pid not in self._stalled:
                 self._end(node)
                 points[number] = point
             else:
                 self._check_footprint(node)
         self._start_nodes(points)
 
-    def _replace_stalled(self, following: Plan | None) -> None:
-        """Replace a daemon that hangs, or is to."""
+    def _replace(self, stalled: set[int], following: Plan | None) -> None:
+        """Replace daemons that hang, under a job that has come back."""
         points = {}
         for number, node in self._nodes.items():
-            if node.pid in self._stalled and node.is_running and number not in self._fresh_stalls:
+            if node.pid in stalled and node.is_running:
                 self._end(node)
-                points[number] = self._point_at(following, number) if following is not None else ""
+                points[number] = self._point_at(following, number)
         self._start_nodes(points)
 
     def _end(self, node: Daemon) -> None:
@@ -311,8 +287,7 @@ class Root:
             rank.order("exit")
         assert [rank.wait() for rank in ranks] == [0] * len(ranks)
         for node in self._nodes.values():
-            if node.pid not in self._stalled:
-                self._await_empty(node)
+            self._await_empty(node)
             node.send(signal.SIGTERM)
         for node in self._nodes.values():
             _wait(node)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckptd.model.keys import StepId
+from tests.fakes.footprints import Footprint
 from tests.fakes.jobs import Rank
 from tests.fakes.soak_plans import Plan
 
@@ -77,3 +78,31 @@ class Job:
             rank.send(signal.SIGKILL)
         for rank in self.ranks:
             rank.clear()
+
+
+class Row(NamedTuple):
+    """What came of a round.
+
+    Attributes:
+        struck: whom the kill hit and when; `is_at_point` if that was a failpoint.
+        is_ridden: the job went on with new daemons before it was ended.
+        has_stumbled: the next attempt was killed while it came back.
+        lost: saves that all ranks had begun and that did not come back.
+        most: what a daemon held at most that had lived through a kill.
+    """
+
+    seed: int
+    kind: str
+    ranks: int
+    nodes: int
+    slots: int
+    struck: str
+    is_at_point: bool
+    is_ridden: bool
+    has_stumbled: bool
+    lost: int
+    resumed: str
+    source: str
+    committed: int
+    most: Footprint
+    seconds: float

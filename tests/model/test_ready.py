@@ -38,7 +38,7 @@ def decode(type_, data, barrier):
 types = [t for t in of(msgspec.Struct) if t.__module__.startswith("ckptd.")]
 assert NEVER_DECODED <= {t.__name__ for t in types}
 sys.setswitchinterval(1e-6)
-PROCESSES, THREADS = 4, 6
+PROCESSES, THREADS = 3, 6
 for type_ in types:
     if type_.__name__ in NEVER_DECODED or not type_.__struct_fields__:
         continue

@@ -206,6 +206,24 @@ def test_of_a_committed_step_the_store_has_what_memory_lacks(place: Place, ranks
     assert all_do(again, "digest") == digests
 
 
+def test_d6_a_step_that_lacks_only_its_commit_goes_before_an_older_one_in_memory(
+    place: Place, ranks: Ranks
+) -> None:
+    nodes = [place.daemon("a", failpoints="commit.put=kill@2"), place.daemon("b")]
+    job = begin(place, ranks, [node.socket for node in nodes])
+    save(job, 1)
+    all_do(job, "train")
+    digests = all_do(job, "digest")
+    all_do(job, "save", step=2)
+    assert nodes[0].wait() == -signal.SIGKILL  # both have written their part
+    kill(job)
+    place.daemon("a")
+    # The other node has its part of both steps: of the older one the store has the rest.
+    again = begin(place, ranks, [node.socket for node in nodes], seed=7)
+    assert all_do(again, "resume") == [{"step": 2, "attempt": 1}] * 2
+    assert all_do(again, "digest") == digests
+
+
 def test_a_newer_checkpoint_wins_against_what_a_daemon_held(place: Place, ranks: Ranks) -> None:
     nodes = [place.daemon("a"), place.daemon("b")]
     save(job := begin(place, ranks, [nodes[0].socket]), 1)

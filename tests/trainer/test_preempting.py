@@ -193,6 +193,7 @@ def test_a_rank_that_is_dead_is_named_and_the_others_stop_alone(
     ranks[0].begin()
     ranks[0].notify("SIGTERM")
     assert noticed(ranks[0]).ask() is True
+    wait_until(lambda: any(r.levelno == logging.ERROR for r in caplog.records), "it is said")
     (error,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
     assert "rank 1, 2 did not say within 0.1 s" in error
     ranks[1].begin()  # the late one hears of it, and is not held up by the dead one either
@@ -212,7 +213,11 @@ def test_with_a_board_that_fails_a_rank_stops_on_its_own_notice(
     assert rank.ask() is False
     rank.notify("SIGTERM")
     assert noticed(rank).ask() is True
-    assert any("mute" in r.getMessage() for r in caplog.records if r.levelno == logging.ERROR)
+    # The call may return before the thread has said so.
+    wait_until(
+        lambda: any("mute" in r.getMessage() for r in caplog.records if r.levelno == logging.ERROR),
+        "the thread says why",
+    )
 
 
 def test_a_thread_that_hangs_does_not_hold_a_rank_up_that_was_told(
