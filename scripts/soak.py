@@ -81,7 +81,7 @@ class Soak:
             )  # fmt: skip
             for row in self._with_bar(found, self.options.rounds):
                 rows.append(row)
-                self.console.print(_line(row))
+                self.console.print(_line(row), soft_wrap=True)
         except RoundError as error:
             failed = error
             traceback.print_exception(error.__cause__)
@@ -187,8 +187,8 @@ class Soak:
 
 def _line(row: Row) -> str:
     return (
-        f"{row.seed:5} {row.kind:7} of {row.ranks} ranks, {row.nodes} nodes: {row.struck:44}"
-        f" back at {row.resumed:8} from {row.source:6} lost {row.lost}, {row.seconds:4.1f} s"
+        f"{row.seed:5} {row.kind:7} {row.ranks} ranks on {row.nodes}: {row.struck:42}"
+        f" back at {row.resumed:8} {row.source:6} lost {row.lost} {row.seconds:5.1f} s"
     )
 
 

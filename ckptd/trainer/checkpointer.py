@@ -248,7 +248,7 @@ class Checkpointer:
         self._saving.resumed_from = self._resuming.line
         self._saving.basis = self._resuming.basis
         self._resumed_step = None if resumed is None else resumed.step
-        if recall.sighting.rows:
+        if link is not None:
             self._preparation.heir_of(self._link)
         try:
             self.prepare(state)

@@ -224,7 +224,7 @@ class Link:
             return self._outgoing.popleft() if self._outgoing else None
 
     def _send_one(self, port: Port, pending: Pending) -> None:
-        message = pending.message
+        message = pending.message_after(self.newest)
         if pending.is_written and isinstance(message, say.Handoff):
             port.send(say.Watch(message.step, message.sequence, message.previous))
             return

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from ckptd.errors import CkptdError, DaemonUnavailableError, SaveUnknownError
+from ckptd.model.keys import StepId
 from ckptd.shm.arena import Arena
 from ckptd.trainer.handle import Handle
 from ckptd.wire import messages as say
@@ -34,6 +37,16 @@ class Pending:
         """Note that the daemon that had it is gone, or will not say more."""
         if not self.is_written:
             self.handle.taken(is_taken=False)
+
+    def message_after(self, newest: StepId | None) -> say.Handoff | say.Forfeit:
+        """Return the message as it is to be sent now, with `newest` committed in this attempt.
+
+        A daemon that took the place of another knows of no earlier step but what it is told here.
+        """
+        message = self.message
+        if isinstance(message, say.Forfeit) or newest is None or newest.step >= message.step:
+            return message
+        return msgspec.structs.replace(message, previous=str(newest))
 
     def abandoned(self, waited_s: float) -> CkptdError:
         """Return what to tell of a save for which no daemon was found in so many seconds."""

@@ -12,7 +12,7 @@ import msgspec
 from ckptd.wire import messages as say
 from ckptd.wire.address import connect
 from ckptd.wire.channel import Channel
-from tests.fakes.jobs import PATIENCE_S, Process, wait_until
+from tests.fakes.jobs import PATIENCE_S, Process, Rank, wait_until
 
 
 class Footprint(NamedTuple):
@@ -32,7 +32,7 @@ class Footprint(NamedTuple):
     private_bytes: int
 
     @classmethod
-    def of(cls, process: Process) -> Footprint:
+    def of(cls, process: Process | Rank) -> Footprint:
         """Look at a process."""
         proc = f"/proc/{process.pid}"
         arenas: dict[int, int] = {}

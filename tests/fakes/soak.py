@@ -73,7 +73,10 @@ class Root:
         struck.march(self.seed, plan)
         has_lost_node = self._strike(strike, struck, random.Random(plan.seed))
         book = struck.book
-        self._learn(struck, book, has_lost_node=has_lost_node)
+        # A rank whose own operation hangs has one slot less: while the others wait it goes on in the other
+        # one, over what they hold. Then the newest checkpoint is all that is safe.
+        has_hole = strike.stall.startswith("rank.put")
+        self._learn(struck, book, has_lost_node=has_lost_node or has_hole)
         stalled = set(self._stalled)
         coming = None if is_last else following
         self._mend_nodes(coming)
@@ -283,9 +286,8 @@ class Root:
         for rank in ranks:
             assert rank.answer() == {"value": last}, rank.text
         all_do(ranks, "close")
-        for rank in ranks:  # at once: an end takes a while
-            rank.order("exit")
-        assert [rank.wait() for rank in ranks] == [0] * len(ranks)
+        for rank in ranks:
+            rank.clear()
         for node in self._nodes.values():
             self._await_empty(node)
             node.send(signal.SIGTERM)

@@ -19,8 +19,10 @@ DAEMON_POINTS = {
     "commit.put": 4, "commit.done": 4, "store.write": 40, "store.link": 40, "store.sync": 16,
     "outcome.put": 1, "tombstone.put": 1,
 }  # fmt: skip
-STALLS = {"commit.put": 3, "rank.put": 6}  # where a daemon may hang for ever, after that many
-NOT_DRAWN = {"engine.exit"}  # nothing is left to lose there
+# Where a daemon may hang for ever, after that many; and how many slots there must be, so that the
+# newest step that all have handed off is not overwritten while one waits in its slot.
+STALLS = {"commit.put": (3, 2), "rank.put": (6, 3)}
+NOT_DRAWN = {"engine.exit", "root.open"}  # there is nothing to lose there yet, or any more
 
 
 class Ground(NamedTuple):
@@ -126,9 +128,9 @@ def _strike(dice: random.Random, kind: Kind, ranks: int, ground: Ground) -> Stri
         "trainer": (), "daemon": _some(dice, all_nodes), "both": tuple(all_nodes),
         "subset": _some(dice, all_nodes),
     }[kind]  # fmt: skip
-    # With one slot, or ranks that run ahead, some overwrite the step that one daemon hangs in.
-    if kind == "trainer" and ground.slots > 1 and dice.random() < 0.5:
-        return _stalled(dice, struck_ranks)
+    stalls = [name for name, (_, slots) in sorted(STALLS.items()) if slots <= ground.slots]
+    if kind == "trainer" and stalls and dice.random() < 0.5:
+        return _stalled(dice, struck_ranks, dice.choice(stalls))
     point = ""
     if dice.random() < 0.4:
         points = (TRAINER_POINTS if struck_ranks else {}) | (DAEMON_POINTS if struck_nodes else {})
@@ -144,12 +146,11 @@ def _strike(dice: random.Random, kind: Kind, ranks: int, ground: Ground) -> Stri
     )  # fmt: skip
 
 
-def _stalled(dice: random.Random, ranks: tuple[int, ...]) -> Strike:
+def _stalled(dice: random.Random, ranks: tuple[int, ...], name: str) -> Strike:
     """Draw a kill of ranks that soon cannot go on, as nothing is stored any more."""
-    name = dice.choice(sorted(STALLS))
     return Strike(
         ranks, (), saves=1, delay_s=dice.uniform(0.1, 0.6), gap_s=0.0, point="", rides=False,
-        stall=f"{name}=hang@{dice.randint(1, STALLS[name])}",
+        stall=f"{name}=hang@{dice.randint(1, STALLS[name][0])}",
     )  # fmt: skip
 
 

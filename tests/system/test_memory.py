@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -179,12 +180,12 @@ def test_r3_another_number_of_workers_comes_back_from_memory(
 
 
 def test_a_hole_sends_the_job_to_the_newest_checkpoint(place: Place, ranks: Ranks) -> None:
-    nodes = [place.daemon("a", failpoints="commit.put=hang@2"), place.daemon("b")]
+    nodes = [place.daemon("a"), place.daemon("b", failpoints="rank.put=hang@2")]
     job = begin(place, ranks, [node.socket for node in nodes])
     digests = save(job, 1)
     save(job, 2, is_committed=False)
     kill(job)
-    lose(nodes[1])
+    lose(nodes[1])  # before it stored its part
     spare = place.daemon("c")
     again = begin(place, ranks, [nodes[0].socket, spare.socket], seed=7)
     assert all_do(again, "resume") == [{"step": 1, "attempt": 1}] * 2

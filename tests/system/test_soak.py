@@ -15,7 +15,7 @@ from tests.fakes.soak_plans import DAEMON_POINTS, KINDS, NOT_DRAWN, TRAINER_POIN
 
 pytestmark = pytest.mark.system
 
-SEED = 4970  # of four rounds with one root, each of another kind
+SEED = 9790  # of four rounds with one root, each of another kind
 
 
 def test_d6_whoever_is_killed_the_job_comes_back_with_what_was_safe(ranks: Ranks) -> None:
@@ -25,7 +25,7 @@ def test_d6_whoever_is_killed_the_job_comes_back_with_what_was_safe(ranks: Ranks
     assert any(plan.strike.daemon_point for plan in plans)
     assert any(plan.strike.rides for plan in plans)
     assert any(plan.stumble_s is not None for plan in plans)
-    assert any(plan.is_in_step for plan in plans) > all(plan.is_in_step for plan in plans)
+    assert any(plan.strike.stall for plan in plans)
     rows = list(run_rounds(SEED, 4, ranks))
     assert [row.kind for row in rows] == [plan.kind for plan in plans]
 

@@ -572,3 +572,18 @@ def test_s1_a_kind_of_error_is_looked_up_among_our_own(start, kind, expected) ->
     trainer.daemon.until_heard(say.Handoff)
     trainer.daemon.ports[0].answer(finished(1, 1, "failed", kind, "why"))
     assert isinstance(error_of(handle), expected)
+
+
+def test_a_new_daemon_is_told_what_was_committed_since_the_snapshot(start) -> None:
+    def first(port: FakePort, message: say.FromTrainer) -> None:
+        welcome(port, message)
+        if isinstance(message, say.Handoff) and message.step == 10:
+            port.answer(written(10), finished(10))
+
+    trainer = start(first, welcome)
+    early, late = trainer.save(10), trainer.save(20)
+    assert early.wait_committed(WAIT_S)
+    trainer.daemon.ports[0].break_off()
+    (again,) = trainer.daemon.until_heard(say.Handoff, port=1)
+    assert (again.step, again.previous) == (20, str(StepId(attempt=3, step=10)))
+    assert not late.is_done

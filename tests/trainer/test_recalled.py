@@ -223,7 +223,8 @@ def test_d9_what_a_root_of_the_same_name_had_before_is_not_resumed_from(job: Job
     for entry in list(job.store.list("")):
         job.store.delete(entry.key)
     job.begin()
-    assert job.resume([one()])[0].resumed is None
+    (ended,) = job.resume([one()])
+    assert (ended.resumed, ended.error) == (None, None)
     commit(job, StepId(1, 5), [one(5.0)])
     states = [one()]
     assert sources(job.resume(states)) == {(5, "store")}
@@ -235,7 +236,8 @@ def test_d9_an_attempt_whose_record_is_damaged_is_not_resumed_from(job: Job, dat
     attempt = job.begin()
     job.store.put(keys.attempt(1), data)
     assert attempt.ordinal == 2
-    assert job.resume([one()])[0].resumed is None
+    (ended,) = job.resume([one()])
+    assert (ended.resumed, ended.error) == (None, None)
 
 
 def test_what_a_living_trainer_has_is_not_resumed_from(job: Job) -> None:
@@ -529,6 +531,11 @@ def test_s6_whatever_a_daemon_lends_the_checkpoint_is_there(job: Job, name: str)
     assert values_of(states) == [5.0] * 2
 
 
+def after_the_first(change: Callable[[say.Lent], say.Lent]) -> Callable[[say.Lent], say.Lent]:
+    turns = itertools.count()
+    return lambda lent: change(lent) if next(turns) else lent
+
+
 def test_p2_of_what_makes_no_sense_no_descriptor_is_left(job: Job) -> None:
     both(job)
     job.resume([one()])
@@ -536,8 +543,7 @@ def test_p2_of_what_makes_no_sense_no_descriptor_is_left(job: Job) -> None:
     for name in ("empty chunk", "values that nest", "another step", "another size", "no recipe"):
         job.nodes[0].change = HOSTILE[name]
         assert sources(job.resume([one()])) == {(5, "store")}
-        turns = itertools.count()
-        job.nodes[0].change = lambda lent: HOSTILE[name](lent) if next(turns) else lent
+        job.nodes[0].change = after_the_first(HOSTILE[name])
         assert sources(job.resume([one()])) == {(5, "store")}
     assert open_fds() <= before
 
