@@ -240,6 +240,9 @@ def test_p1_waiting_for_a_slot_ends_with_the_deadline(start) -> None:
 
 def test_waiting_for_a_slot_ends_before_the_deadline_where_busy_timeout_s_is_shorter(start) -> None:
     trainer = start(take_all, slots=1, busy_timeout_s=0.01)
+    # So short a time may be over before a daemon is found, which ends the first save.
+    trainer.ckpt._link.begin()
+    wait_until(lambda: trainer.ckpt._link._port is not None, "the daemon is there")
     trainer.save(10)
     with pytest.raises(SlotsBusyError, match=r"in 0\.01 s"):
         trainer.save(20, deadline_s=LONG_S)
