@@ -85,14 +85,18 @@ def test_a_manager_that_reads_nothing_cannot_hold_a_daemon_up(
 # --- what it passes on ---------------------------------------------------------------------------
 
 
+def is_open(fd: int) -> bool:
+    return os.path.lexists(f"/proc/self/fd/{fd}")
+
+
 @pytest.fixture
 def given(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """Two descriptors, as if they were the first that may be passed: their number."""
-    at = 400
-    monkeypatch.setattr(notify, "_FIRST_FD", at)
     with open(os.devnull, "rb") as null:
+        at = next(n for n in range(400, 10_000) if not is_open(n) and not is_open(n + 1))
         for fd in (at, at + 1):
             os.dup2(null.fileno(), fd)
+    monkeypatch.setattr(notify, "_FIRST_FD", at)
     yield at
     for fd in (at, at + 1):
         os.close(fd)
