@@ -64,6 +64,7 @@ class NodePort:
             return
         assert arena is not None
         theirs = Arena.adopt(os.dup(arena.fileno()), arena.slots, arena.slot_bytes)
+        self._node.arenas.append(theirs)
         runner.give_arena(self.number, message.arena, theirs)
         runner.post(ev.Mapped(self.number, message, os.fstat(arena.fileno()).st_ino))
 
@@ -106,6 +107,7 @@ class Node:
         self.runner = Runner(Engine(linger_s=None), outlet, workers=1)
         self.changed = threading.Condition()  # guards the inboxes
         self.ports: list[NodePort] = []
+        self.arenas: list[Arena] = []
         self.change: Change | None = None
         self.on_settle: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self.runner.run)
@@ -119,6 +121,8 @@ class Node:
         self.runner.post(ev.StopAsked(0.0))
         self._thread.join(WAIT_S)
         assert not self._thread.is_alive()
+        for arena in self.arenas:  # an engine that leaves work behind lets them go with its process
+            arena.close()
         for port in self.ports:
             for fd in port.fds:
                 os.close(fd)
