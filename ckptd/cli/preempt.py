@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
 
 import typer
 
 from ckptd.cli.console import plain, print_json, show
-from ckptd.cli.status import sockets
-from ckptd.errors import DaemonUnavailableError, HandoffError
+from ckptd.cli.daemons import ask_all, sockets
+from ckptd.errors import DaemonUnavailableError
 from ckptd.store.open import normalise_url
 from ckptd.wire import messages as say
-from ckptd.wire.address import connect
-from ckptd.wire.channel import Channel
-
-_TIMEOUT_S = 5.0
 
 
 def command(
@@ -35,14 +30,8 @@ def command(
     told on any machine is enough: all ranks of its job stop at the same step.
     """
     message = say.Preempt(normalise_url(root) if root else "", reason[:1000])
-    told: dict[str, int] = {}
-    silent: dict[str, str] = {}
-    for path in [socket] if socket else sockets():
-        answer = _tell(path, message)
-        if isinstance(answer, str):
-            silent[path] = answer
-        else:
-            told[path] = answer
+    answers, silent = ask_all([socket] if socket else sockets(), message, say.Told)
+    told = {path: answer.trainers for path, answer in answers.items()}
     count = sum(told.values())
     if json:
         print_json({"trainers": count, "daemons": told, "silent": silent})
@@ -60,23 +49,3 @@ def command(
         raise DaemonUnavailableError(
             f"no job {f'of {root} ' if root else ''}is connected to a daemon here: nobody was told"
         )
-
-
-def _tell(path: str, message: say.Preempt) -> int | str:
-    """Return how many trainers the daemon at `path` has told, or why it told none."""
-    try:
-        channel = Channel(connect(path, deadline_s=_TIMEOUT_S), say.FromDaemon)
-    except HandoffError as error:
-        return str(error)
-    try:
-        channel.send(message, deadline_s=_TIMEOUT_S)
-        deadline = time.monotonic() + _TIMEOUT_S
-        while (left_s := deadline - time.monotonic()) > 0:
-            for answer in channel.receive(left_s):
-                if isinstance(answer, say.Told):
-                    return answer.trainers
-    except HandoffError as error:
-        return str(error)
-    finally:
-        channel.close()
-    return f"no answer in {_TIMEOUT_S:.0f} s; is it stopped?"

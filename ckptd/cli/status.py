@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import glob
-import os
-import time
 from typing import Annotated, Any
 
 import msgspec
 import typer
 
 from ckptd.cli.console import add_row, new_table, plain, print_json, show
-from ckptd.errors import DaemonUnavailableError, HandoffError
+from ckptd.cli.daemons import ask_all, sockets
+from ckptd.errors import DaemonUnavailableError
 from ckptd.units import format_bytes, format_span
 from ckptd.wire import messages as say
-from ckptd.wire.address import connect, runtime_directory
-from ckptd.wire.channel import Channel
-
-_TIMEOUT_S = 5.0
 
 
 def command(
@@ -29,7 +23,11 @@ def command(
 ) -> None:
     """Show the daemons of this user on this machine: their jobs, what is open, what failed last."""
     paths = [socket] if socket else sockets()
-    found, silent = _ask_all(paths)
+    answers, silent = ask_all(paths, say.Ask(), say.Report)
+    found = [
+        {"socket": path, **msgspec.json.decode(answer.body, type=dict[str, Any])}
+        for path, answer in answers.items()
+    ]
     if json:
         print_json({"daemons": found, "silent": silent})
     else:
@@ -41,47 +39,6 @@ def command(
         raise DaemonUnavailableError(
             "no daemon is running; a trainer starts one when it resumes or saves, `ckptd daemon` by hand"
         )
-
-
-def sockets() -> list[str]:
-    """Return where daemons of this user may listen on this machine."""
-    return sorted(glob.glob(os.path.join(runtime_directory(os.environ), "*.sock")))
-
-
-def _ask_all(paths: list[str]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    found, silent = [], {}
-    for path in paths:
-        answer = _ask(path)
-        if isinstance(answer, str):
-            silent[path] = answer
-        else:
-            found.append({"socket": path, **answer})
-    return found, silent
-
-
-def _ask(path: str) -> dict[str, Any] | str:
-    """Return a daemon's report, or why there is none."""
-    try:
-        channel = Channel(connect(path, deadline_s=_TIMEOUT_S), say.FromDaemon)
-    except HandoffError as error:
-        return str(error)
-    try:
-        channel.accept_large_frames()
-        channel.send(say.Ask(), deadline_s=_TIMEOUT_S)
-        return _first_report(channel) or f"no answer in {_TIMEOUT_S:.0f} s; is it stopped?"
-    except HandoffError as error:
-        return str(error)
-    finally:
-        channel.close()
-
-
-def _first_report(channel: Channel) -> dict[str, Any] | None:
-    deadline = time.monotonic() + _TIMEOUT_S
-    while (left := deadline - time.monotonic()) > 0:
-        for message in channel.receive(left):
-            if isinstance(message, say.Report):
-                return msgspec.json.decode(message.body, type=dict[str, Any])
-    return None
 
 
 def _show(report: dict[str, Any]) -> None:

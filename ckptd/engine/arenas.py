@@ -8,7 +8,7 @@ import threading
 from typing import Protocol
 
 from ckptd.engine import events as ev
-from ckptd.engine.keeper import Keeper
+from ckptd.engine.keeper import HasFileno, Keeper
 from ckptd.errors import ProtocolError
 from ckptd.shm.slots import Slot
 from ckptd.wire.messages import Held, HeldSnapshot
@@ -16,18 +16,11 @@ from ckptd.wire.messages import Held, HeldSnapshot
 log = logging.getLogger("ckptd.engine")
 
 
-class SlotSource(Protocol):
+class SlotSource(HasFileno, Protocol):
     """Memory that holds slots, as the engine sees it."""
 
     def slot(self, index: int) -> Slot:
         """Return a slot."""
-
-    def fileno(self) -> int:
-        """Return its descriptor, which stays its own.
-
-        Raises:
-            ValueError: it has none.
-        """
 
     def trim(self) -> None:
         """Give back what was only kept for speed."""

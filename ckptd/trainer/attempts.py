@@ -98,12 +98,23 @@ def _is_created(store: Store, key: str, record: AttemptRecord) -> bool:
     return True
 
 
+def read_attempt(store: Store, ordinal: int) -> AttemptRecord:
+    """Read the record of an attempt.
+
+    Raises:
+        ObjectNotFoundError: there is none.
+        CorruptError: it is damaged.
+        StoreError: the store did not answer, or there is something larger in its place.
+    """
+    key = keys.attempt(ordinal)
+    return decode_record(store.get(key, max_bytes=1 << 16), AttemptRecord, key=key)
+
+
 def _check_record(store: Store, rank: int, attempt: Attempt) -> None:
     key = keys.attempt(attempt.ordinal)
     problem = "is not there"
     try:
-        record = decode_record(store.get(key, max_bytes=1 << 16), AttemptRecord, key=key)
-        if record.token == attempt.token:
+        if read_attempt(store, attempt.ordinal).token == attempt.token:
             return
         problem = "is another job's"
     except ObjectNotFoundError:

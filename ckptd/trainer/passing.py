@@ -33,10 +33,20 @@ def digest_of(targets: Sequence[Target]) -> str:
 
 def may_pass(targets: Sequence[Target], world_size: int) -> bool:
     """Tell whether the job's process group can carry these."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() != world_size:
+    if not has_group(world_size):
         return False
-    carried = {name.partition(":")[0] for name in str(dist.get_backend_config()).split(",")}
+    carried = carried_devices()
     return all(target.tensor.device.type in carried for target in targets)
+
+
+def has_group(world_size: int) -> bool:
+    """Tell whether the job has a process group of so many ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
+
+
+def carried_devices() -> set[str]:
+    """Return the types of the devices whose tensors the job's process group carries."""
+    return {name.partition(":")[0] for name in str(dist.get_backend_config()).split(",")}
 
 
 class Passing:

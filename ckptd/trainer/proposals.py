@@ -8,17 +8,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from ckptd.codec.records import decode_record
 from ckptd.errors import CkptdError, CorruptError, ObjectNotFoundError, StoreError
-from ckptd.model import keys
 from ckptd.model.keys import StepId
-from ckptd.model.manifest import AttemptRecord
 from ckptd.model.ready import make_ready
 from ckptd.pipeline.catalog import find, line, list_commits
 from ckptd.pipeline.recover import commit_whole_steps
 from ckptd.store.base import Store
+from ckptd.trainer.attempts import read_attempt
+from ckptd.trainer.passing import has_group
 from ckptd.trainer.recall import HeldStep, Recall, Sighting, held_steps
-from ckptd.trainer.recalled import is_spread_out, may_travel
+from ckptd.trainer.recalled import is_spread_out
 
 log = logging.getLogger("ckptd.trainer")
 
@@ -89,7 +88,7 @@ class Looking(NamedTuple):
 
     def _held(self, store: Store, attempt: int, *, is_whole: bool) -> Iterator[Proposal]:
         """Yield what is held of attempts before `attempt`, whole or not, and not older than a commit."""
-        if is_spread_out(self.sightings) and not may_travel(self.world_size):
+        if is_spread_out(self.sightings) and not has_group(self.world_size):
             return
         commits = [commit.id for commit in list_commits(store)]
         newest = str(max(commits)) if commits else None
@@ -100,9 +99,8 @@ class Looking(NamedTuple):
 
 def _is_of_root(store: Store, held: HeldStep) -> bool:
     """Tell whether an attempt is one of this root's, not of one that had the same name before."""
-    key = keys.attempt(StepId.parse(held.id).attempt)
     try:
-        record = decode_record(store.get(key, max_bytes=1 << 16), AttemptRecord, key=key)
+        record = read_attempt(store, StepId.parse(held.id).attempt)
     except (ObjectNotFoundError, CorruptError):
         return False
     except StoreError as error:

@@ -31,6 +31,7 @@ from ckptd.store.base import Store
 from ckptd.trainer.boards import MAX_VALUE_BYTES
 from ckptd.trainer.fetching import Fetch, MakeBuffer, StoreRecords
 from ckptd.trainer.meeting import Meeting
+from ckptd.trainer.passing import carried_devices
 from ckptd.trainer.recall import HeldPart, HeldStep, Recall, Sighting
 from ckptd.wire import messages as say
 
@@ -111,7 +112,7 @@ class Recalled:
     def manifest(self) -> Manifest:
         """The manifest that a commit of these snapshots would make: it proves their coverage."""
         step = self._step
-        if len(step.parts) == step.world_size:
+        if step.is_whole:
             try:
                 return manifest_of([(self._records[r], 0, "") for r in range(step.world_size)])
             except (CkptdError, ValueError) as error:
@@ -305,14 +306,8 @@ def is_spread_out(sightings: Sequence[Sighting]) -> bool:
     return len({sighting.daemon for sighting in sightings}) > 1
 
 
-def may_travel(world_size: int) -> bool:
-    """Tell whether the job has a process group that can carry what only another machine holds."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() == world_size
-
-
 def _device() -> torch.device:
-    carried = {name.partition(":")[0] for name in str(dist.get_backend_config()).split(",")}
-    return torch.device("cpu" if "cpu" in carried else "cuda")
+    return torch.device("cpu" if "cpu" in carried_devices() else "cuda")
 
 
 def _name(rank: int, number: int) -> str:

@@ -91,9 +91,9 @@ def test_no_daemon_is_an_error(ckptd, place: Place) -> None:
 def test_a_daemon_that_does_not_answer_is_named(
     ckptd, daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ckptd.cli import preempt
+    from ckptd.cli import daemons
 
-    monkeypatch.setattr(preempt, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(daemons, "ANSWER_TIMEOUT_S", 0.2)
     daemon.send(signal.SIGSTOP)
     try:
         result = ckptd("preempt")

@@ -276,18 +276,6 @@ class Group:
         self._barrier = threading.Barrier(world_size)
         self._value: torch.Tensor | None = None
 
-    def is_available(self) -> bool:
-        return True
-
-    def is_initialized(self) -> bool:
-        return True
-
-    def get_world_size(self) -> int:
-        return self.world_size
-
-    def get_backend_config(self) -> str:
-        return "cpu:gloo,cuda:nccl"
-
     def broadcast(self, tensor: torch.Tensor, sender: int) -> None:
         """Hang, as a collective does, as long as one rank does not enter it."""
         is_sender = threading.current_thread().name == f"rank-{sender}"

@@ -27,6 +27,7 @@ from ckptd.model.columns import Columns
 from ckptd.model.keys import StepId
 from ckptd.pipeline.commit import TOMBSTONE
 from ckptd.store.open import open_store
+from ckptd.trainer import proposals as proposals_module
 from ckptd.trainer import recalled as recalled_module
 from ckptd.trainer import resuming as resuming_module
 from ckptd.trainer.attempts import Attempt
@@ -73,6 +74,9 @@ def group(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Group]:
     def of(world_size: int) -> Group:
         group = Group(world_size)
         monkeypatch.setattr(recalled_module, "dist", group)
+        # Only what lies in memory travels here: `passing` itself sees no group.
+        monkeypatch.setattr(proposals_module, "has_group", lambda size: size == world_size)
+        monkeypatch.setattr(recalled_module, "carried_devices", lambda: {"cpu", "cuda"})
         return group
 
     return of
